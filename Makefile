@@ -1,0 +1,47 @@
+# make demo      the whole method on the embedded task, on this machine, in minutes
+# make test      the fast tests, without torch
+# make test-all  slow tests and live oracles as well
+# Every target makes the environment it needs in .venv (Python 3.11 to 3.13).
+
+BACKEND ?= cpu
+VENV    ?= .venv
+PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
+ARGS    ?=
+
+REQUIREMENTS_cpu  := requirements.txt
+REQUIREMENTS_cuda := requirements-cuda.txt
+REQUIREMENTS_tpu  := requirements-tpu.txt
+
+.PHONY: demo test test-all lint clean python
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.$(BACKEND)
+	$(VENV)/bin/python run.py $(ARGS)
+
+test: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest -q -m "not slow and not oracle" $(ARGS)
+
+test-all: $(VENV)/.oracle
+	$(VENV)/bin/python -m pytest -q $(ARGS)
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache
+
+python:
+	@test -n "$(PYTHON)" || { echo "sdzero_jax needs Python 3.11, 3.12 or 3.13; found: $$(python3 --version 2>&1). Install one or pass PYTHON=/path/to/python." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); ok or print("sdzero_jax needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d." % sys.version_info[:2], file=sys.stderr); raise SystemExit(0 if ok else 2)'
+
+$(VENV)/bin/python: | python
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.cpu $(VENV)/.cuda $(VENV)/.tpu: $(VENV)/.%: requirements.txt requirements-cuda.txt requirements-tpu.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r $(REQUIREMENTS_$*)
+	@touch $@
+
+$(VENV)/.dev $(VENV)/.oracle: $(VENV)/.%: requirements.txt requirements-dev.txt requirements-oracle.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements-$*.txt
+	@touch $@

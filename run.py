@@ -1,0 +1,161 @@
+"""Command line of sdzero_jax: subcommands and exit statuses, no logic.
+
+python run.py                            the demo: the whole method on the embedded task
+python run.py configs/NAME.py a.b=c      the whole pipeline of a config, with settings overridden
+python run.py STAGE configs/NAME.py ...  one stage: base, collect, srt, distill, evaluate, localise
+python run.py report RUN [RUN ...]       writes the report of finished or unfinished runs again
+python run.py doctor [configs/NAME.py]   what is installed, which devices there are, what runs where
+
+Exit status: 0 done, 2 bad input, 1 a fault or a health gate, 130 / 143 stopped by a signal after
+a save. The same command goes on where it stopped.
+"""
+
+import argparse
+import sys
+
+DEMO = "configs/demo.py"
+STAGES = ("base", "collect", "srt", "distill", "evaluate", "localise")
+COMMANDS = ("demo", "pipeline", *STAGES, "report", "doctor")
+
+
+def main(argv: list[str]) -> int:
+    """Runs one subcommand and returns the exit status."""
+    from sdzero_jax.errors import HealthStop, Stopped, UserError
+
+    try:
+        return dispatch(argv)
+    except UserError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except HealthStop as stop:
+        print(f"stopped: {_one_line(stop)}", file=sys.stderr)
+        return 1
+    except Stopped as stop:
+        print(f"stopped: {_one_line(stop)}; the same command goes on from there", file=sys.stderr)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last save", file=sys.stderr)
+        return 130
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def dispatch(argv: list[str]) -> int:
+    """Completes the command line (demo is the default, a config alone means its pipeline) and runs it."""
+    from sdzero_jax.errors import UserError, nearest
+
+    first = next((word for word in argv if not word.startswith("-")), None)
+    if first is None or "=" in first:
+        argv = argv if {"-h", "--help"} & set(argv) else ["demo", *argv]
+    elif first.endswith(".py"):
+        argv = ["pipeline", *argv]
+    elif first not in COMMANDS:
+        raise UserError(f"unknown subcommand {first!r}{nearest(first, COMMANDS)}")
+    arguments = parser().parse_args(argv)
+    return arguments.function(arguments)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        from sdzero_jax.errors import UserError
+
+        raise UserError(f"{message} (python {self.prog} --help)")
+
+
+class _Help(argparse.Action):
+    """--help of a config command: the usage, then every setting with its default and meaning."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from sdzero_jax import settings
+        from sdzero_jax.config import load_config
+
+        path = getattr(namespace, "config", None) or DEMO
+        parser.print_help()
+        print(f"\nsettings, as {path} has them:")
+        print("\n".join(settings.describe(load_config(path))))
+        parser.exit()
+
+
+def parser() -> argparse.ArgumentParser:
+    top = _Parser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(required=True, parser_class=_Parser, metavar="COMMAND")
+    texts = {
+        "demo": "the whole method on the embedded task",
+        "pipeline": "every stage of a config, then the report",
+        "base": "train the embedded task's base model (cached)",
+        "collect": "sample and grade first attempts and revisions",
+        "srt": "train the base model to revise (self-revision training)",
+        "distill": "distil the reviser into the generator, on-policy",
+        "evaluate": "avg@k, pass@k, generate-then-revise of every model of the run",
+        "localise": "does the reviser's divergence find the first error?",
+    }
+    for name, text in texts.items():
+        command = commands.add_parser(name, help=text, description=text, add_help=False)
+        if name == "demo":
+            command.set_defaults(config=DEMO)
+        else:
+            command.add_argument("config", nargs="?", default=DEMO, help=f"config file (default {DEMO})")
+        command.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings to change")
+        command.add_argument(
+            "--fork", action="store_true", help="with changed settings, go on in a new run directory"
+        )
+        command.add_argument("-h", "--help", action=_Help, nargs=0, help="show this and every setting")
+        command.set_defaults(function=run_stages, stage=name if name in STAGES else None)
+    report = commands.add_parser("report", help="write the report of runs again")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
+    report.set_defaults(function=write_reports)
+    doctor = commands.add_parser("doctor", help="versions, devices, memory, what runs where")
+    doctor.add_argument("config", nargs="?", default=DEMO)
+    doctor.add_argument("overrides", nargs="*", metavar="a.b=c")
+    doctor.set_defaults(function=examine)
+    return top
+
+
+def _config(arguments):
+    """The config of a command line, overridden and checked."""
+    from sdzero_jax import settings
+    from sdzero_jax.config import load_config, validate
+
+    path, overrides = arguments.config, list(arguments.overrides)
+    if "=" in path and not path.endswith(".py"):  # overrides without a config: the demo's
+        path, overrides = DEMO, [path, *overrides]
+    config = settings.override(load_config(path), overrides)
+    validate(config)
+    return config
+
+
+def run_stages(arguments) -> int:
+    """One stage or all of them."""
+    config = _config(arguments)
+    from sdzero_jax import pipeline, signals
+
+    signals.install()
+    with pipeline.open_run(config, fork=arguments.fork) as run:
+        if arguments.stage:
+            pipeline.run_stage(run, arguments.stage)
+        else:
+            print(pipeline.table(pipeline.run_all(run)))
+            print(f"\nreport: {run.directory / 'report' / 'report.html'}")
+    return 0
+
+
+def write_reports(arguments) -> int:
+    from sdzero_jax.analysis import write_report
+
+    for run in arguments.runs:
+        print(write_report(run))
+    return 0
+
+
+def examine(arguments) -> int:
+    config = _config(arguments)
+    from sdzero_jax import doctor
+
+    print("\n".join(doctor.examine(config)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

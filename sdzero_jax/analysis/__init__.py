@@ -1,0 +1,21 @@
+"""What a run showed: localisation of errors, figures and the HTML report."""
+
+from sdzero_jax.analysis.localisation import (
+    around_first_error,
+    auroc,
+    buckets,
+    concentration,
+    localisation_summary,
+    top_hit_rate,
+)
+from sdzero_jax.analysis.report import write_report
+
+__all__ = [
+    "around_first_error",
+    "auroc",
+    "buckets",
+    "concentration",
+    "localisation_summary",
+    "top_hit_rate",
+    "write_report",
+]

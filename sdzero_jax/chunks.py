@@ -1,0 +1,48 @@
+"""An append-only JSON-lines file written in chunks, the unit of restart of sampling stages.
+
+A chunk's records are followed by a closing record that carries its counts. A chunk without
+one was cut by a crash: it is dropped and made again, with the same random numbers.
+"""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sdzero_jax.files import append_jsonl, read_jsonl_repaired
+from sdzero_jax.progress import say
+
+
+class ChunkLog:
+    """Chunks of records in `path`; opening it drops what follows the last whole chunk."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self.records: list[dict[str, Any]] = []
+        self.closings: list[dict[str, Any]] = []
+        if path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        lines, repaired = read_jsonl_repaired(self._path)
+        ends = [number for number, line in enumerate(lines) if "closes" in line]
+        whole = lines[: ends[-1] + 1] if ends else []
+        if repaired or len(whole) < len(lines):
+            say(f"{self._path}: the last chunk was half written; it is made again")
+            temporary = self._path.with_suffix(".tmp")
+            temporary.unlink(missing_ok=True)
+            append_jsonl(temporary, whole)
+            temporary.replace(self._path)
+        self.records = [line for line in whole if "closes" not in line]
+        self.closings = [line for line in whole if "closes" in line]
+
+    @property
+    def done(self) -> int:
+        """Number of whole chunks."""
+        return len(self.closings)
+
+    def append(self, records: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]) -> None:
+        """Writes the next chunk in one append."""
+        closing = {"closes": self.done, **counts}
+        append_jsonl(self._path, [*records, closing])
+        self.records += [dict(record) for record in records]
+        self.closings.append(closing)

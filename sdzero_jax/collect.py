@@ -1,0 +1,118 @@
+"""Phase 1, data: sample y_init, grade, append the control phrase, sample y_rev, grade, write.
+
+Every revised attempt is written, with both verdicts; `kept` says which of them enter D_rev.
+The file is append-only and a chunk of questions is the unit of restart.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from sdzero_jax import signals
+from sdzero_jax.batches import strip_end
+from sdzero_jax.chunks import ChunkLog
+from sdzero_jax.errors import Stopped
+from sdzero_jax.examples import Question, RevisionTrace, kept
+from sdzero_jax.progress import Progress
+from sdzero_jax.rollouts import Domain, SamplingConfig, sample_responses, sample_revisions
+from sdzero_jax.sampler import Sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectConfig:
+    """How revision traces are collected."""
+
+    questions: Annotated[int, "training questions to sample"] = 1024
+    responses: Annotated[int, "first attempts per question"] = 1
+    revisions: Annotated[int, "revisions per first attempt"] = 1
+    revise: Annotated[Literal["all", "wrong", "correct"], "which first attempts are revised"] = "all"
+    chunk: Annotated[int, "questions sampled between two writes"] = 256
+    sampling: Annotated[SamplingConfig, "how first attempts and revisions are drawn"] = SamplingConfig()
+
+
+def collect(
+    path: pathlib.Path,
+    config: CollectConfig,
+    domain: Domain,
+    sampler: Sampler,
+    params: Any,
+    questions: Sequence[Question],
+    *,
+    seed: int,
+) -> tuple[list[RevisionTrace], dict[str, float]]:
+    """Writes the revised attempts of every question to `path` (JSON lines); returns them and a summary.
+
+    Goes on where an earlier call stopped. Raises Stopped between two chunks on a signal.
+    """
+    log = ChunkLog(path)
+    traces = [RevisionTrace.from_json(record) for record in log.records]
+    starts = range(0, len(questions), config.chunk)
+    with Progress("collect", len(questions), min(log.done * config.chunk, len(questions)), "q") as bar:
+        for number in range(log.done, len(starts)):
+            if signum := signals.requested():
+                raise Stopped(signum, f"collect: {number} of {len(starts)} chunks are written")
+            chunk = questions[starts[number] : starts[number] + config.chunk]
+            fresh, counts = _collect_chunk(config, domain, sampler, params, chunk, f"collect/{number:06d}", seed)
+            log.append([trace.to_json() for trace in fresh], counts)
+            traces += fresh
+            summary = collection_summary(traces, log.closings)
+            shown = ("init_accuracy", "revised_accuracy", "kept")
+            bar.update(len(chunk), {name: summary[name] for name in shown})
+    return traces, collection_summary(traces, log.closings)
+
+
+def _collect_chunk(config: CollectConfig, domain: Domain, sampler, params, questions, label: str, seed: int):
+    """First attempts and their revisions for one chunk of questions: (traces, counts)."""
+    attempts = sample_responses(
+        domain, sampler, params, questions, config.sampling, label=f"{label}/init", seed=seed, n=config.responses
+    )
+    wanted = {"all": (0.0, 1.0), "wrong": (0.0,), "correct": (1.0,)}[config.revise]
+    revised = [attempt for attempt in attempts if attempt.verdict.reward in wanted]
+    revisions = sample_revisions(
+        domain, sampler, params, revised, config.sampling,
+        label=f"{label}/revision", seed=seed, n=config.revisions,
+    )  # fmt: skip
+    parents = [attempt for attempt in revised for _ in range(config.revisions)]
+    traces = [
+        RevisionTrace(
+            question_id=attempt.question.id,
+            sample_index=attempt.sample_index * config.revisions + revision.sample_index,
+            prompt_ids=attempt.prompt_ids,
+            init_ids=strip_end(attempt, domain.tokenizer.stop_ids),
+            init_verdict=attempt.verdict,
+            phrase_ids=tuple(domain.phrase_ids(attempt.verdict.reward)),
+            revised_ids=revision.response_ids,
+            revised_verdict=revision.verdict,
+            revised_finish=revision.finish_reason,
+        )
+        for attempt, revision in zip(parents, revisions)
+    ]
+    counts = {
+        "questions": len(questions),
+        "attempts": len(attempts),
+        "right": sum(attempt.verdict.reward == 1.0 for attempt in attempts),
+        "no_verdict": sum(attempt.verdict.reward is None for attempt in attempts),
+        "attempt_tokens": sum(len(attempt.response_ids) for attempt in attempts),
+    }
+    return traces, counts
+
+
+def collection_summary(
+    traces: Sequence[RevisionTrace], closings: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Counts and accuracies of a collection, as the report shows them; `closings` end its chunks."""
+    names = ("questions", "attempts", "right", "no_verdict", "attempt_tokens")
+    total = {name: sum(closing[name] for closing in closings) for name in names}
+    good = kept(traces)
+    return {
+        "questions": total["questions"],
+        "generations": total["attempts"] + len(traces),
+        "revised": len(traces),
+        "kept": len(good),
+        "kept_from_wrong": sum(trace.init_verdict.reward == 0.0 for trace in good),
+        "no_verdict": total["no_verdict"],
+        "init_accuracy": total["right"] / max(total["attempts"] - total["no_verdict"], 1),
+        "revised_accuracy": sum(t.revised_verdict.reward or 0.0 for t in traces) / max(len(traces), 1),
+        "sampled_tokens": total["attempt_tokens"] + sum(len(trace.revised_ids) for trace in traces),
+    }

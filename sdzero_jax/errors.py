@@ -1,0 +1,33 @@
+"""Errors that a person caused and can mend, and the nearest valid name to offer.
+
+Every layer may raise `UserError`; only `run.py` catches it, prints its one line
+and exits with status 2. Anything else that escapes is a fault of ours (status 1).
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input: one line that names what came, what was wanted and the nearest valid choice."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop and the state was saved; `signum` gives the exit status."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signum = signum
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Returns "; did you mean 'x'?" for the closest choice, else the list of choices."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; choose from {', '.join(choices)}" if choices else ""
+
+
+class HealthStop(Exception):
+    """A health gate stopped the run; the last good checkpoint is kept. Exit status 1."""

@@ -1,0 +1,443 @@
+"""One decoder for both families: static dials, scanned layer groups, a cache in and out.
+
+`DecoderConfig` holds the dials (norm position, QK-norm, layer pattern, RoPE per layer type),
+`LanguageModel` the pure functions. Parameters are a plain nested dict; every layer parameter is
+stacked over the repetitions of the layer pattern. Left out: dropout, mixture of experts, and a
+ring buffer for sliding layers (their cache is as long as the others').
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Annotated, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from sdzero_jax.errors import UserError, nearest
+from sdzero_jax.ops.attention import IMPLEMENTATIONS, attention
+from sdzero_jax.sharding import constrain
+
+_CHOICES = {
+    "norm_position": ("pre", "post"),
+    "qk_norm": ("head", "projection", "none"),
+    "remat": ("none", "dots", "full"),
+    "param_dtype": ("float32", "bfloat16", "float16"),
+    "compute_dtype": ("float32", "bfloat16", "float16"),
+    "attention": IMPLEMENTATIONS,
+}
+LAYER_TYPES = ("full", "sliding")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape and dials of a decoder; raises UserError when they contradict each other."""
+
+    vocab_size: Annotated[int, "rows of the embedding table"]
+    hidden_size: Annotated[int, "width of the residual stream"]
+    num_layers: Annotated[int, "number of layers, a multiple of the layer pattern's length"]
+    num_heads: Annotated[int, "query heads"]
+    num_kv_heads: Annotated[int, "key and value heads, a divisor of num_heads"]
+    head_dim: Annotated[int, "width of one head, even"]
+    intermediate_size: Annotated[int, "width of the SwiGLU layer"]
+    rms_norm_eps: Annotated[float, "epsilon of every RMSNorm"] = 1e-6
+    norm_position: Annotated[str, "pre (Qwen3) or post (Olmo-3): norm before or after attention and MLP"] = "pre"
+    qk_norm: Annotated[str, "RMSNorm of queries and keys: head, projection (before the head split) or none"] = "head"
+    layer_pattern: Annotated[tuple[str, ...], "layer types (full, sliding) that repeat over the layers"] = ("full",)
+    sliding_window: Annotated[int, "positions a sliding layer sees, its own included"] = 4096
+    rope_theta: Annotated[float, "RoPE base of full layers"] = 10_000.0
+    rope_theta_sliding: Annotated[float, "RoPE base of sliding layers, which never use YaRN"] = 10_000.0
+    yarn_factor: Annotated[float, "YaRN context extension of full layers; 1 is plain RoPE"] = 1.0
+    yarn_original_length: Annotated[int, "context length before YaRN's extension"] = 8192
+    yarn_beta_fast: Annotated[float, "YaRN: dimensions turning faster than this are kept"] = 32.0
+    yarn_beta_slow: Annotated[float, "YaRN: dimensions turning slower than this are interpolated"] = 1.0
+    yarn_attention_factor: Annotated[float, "YaRN: scale of cos and sin; 0 means 0.1 ln(factor) + 1"] = 0.0
+    tie_embeddings: Annotated[bool, "use the embedding table as the output matrix"] = False
+    attention_bias: Annotated[bool, "biases on the four attention projections"] = False
+    max_position: Annotated[int, "longest context, written into an exported config"] = 32_768
+    initializer_range: Annotated[float, "standard deviation of random weights"] = 0.02
+    param_dtype: Annotated[str, "dtype of random weights: float32, bfloat16 or float16"] = "float32"
+    compute_dtype: Annotated[str, "dtype of activations: float32, bfloat16 or float16"] = "float32"
+    remat: Annotated[str, "recomputed in the backward pass: none, dots (all but matmuls) or full"] = "none"
+    attention: Annotated[str, "attention implementation: auto, reference or chunked"] = "auto"
+
+    def __post_init__(self):
+        for field, choices in _CHOICES.items():
+            value = getattr(self, field)
+            if value not in choices:
+                raise UserError(f"{field}={value!r} is not known{nearest(str(value), choices)}")
+        object.__setattr__(self, "layer_pattern", tuple(self.layer_pattern))
+        unknown = [kind for kind in self.layer_pattern if kind not in LAYER_TYPES]
+        if unknown or not self.layer_pattern:
+            raise UserError(f"layer_pattern={self.layer_pattern!r} may hold only {', '.join(LAYER_TYPES)}")
+        if self.num_layers % len(self.layer_pattern):
+            near = max(1, round(self.num_layers / len(self.layer_pattern))) * len(self.layer_pattern)
+            raise UserError(
+                f"num_layers={self.num_layers} is not a multiple of the layer pattern's length "
+                f"{len(self.layer_pattern)}; nearest: {near}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            fits = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            near = min(fits, key=lambda n: abs(n - self.num_kv_heads))
+            raise UserError(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; nearest: {near}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim} must be even for RoPE; nearest: {self.head_dim + 1}")
+        if "sliding" in self.layer_pattern and self.sliding_window < 1:
+            raise UserError(f"sliding_window={self.sliding_window} must be at least 1 with sliding layers")
+
+    @property
+    def num_groups(self) -> int:
+        """How often the layer pattern repeats: the leading axis of every layer parameter."""
+        return self.num_layers // len(self.layer_pattern)
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of the tokens seen so far, one sequence per row; slots fill from the left.
+
+    To hand a row to a new sequence, set its `length` and `segment_ids` to 0.
+    """
+
+    k: jax.Array  # [L, B, S, KV, H]
+    v: jax.Array  # [L, B, S, KV, H]
+    positions: jax.Array  # [B, S] int32
+    segment_ids: jax.Array  # [B, S] int32, 0 = empty
+    length: jax.Array  # [B] int32, the next free slot
+
+
+# ---------------------------------------------------------------------------------- rotary tables
+
+
+def rope_frequencies(config: DecoderConfig, layer_type: str) -> tuple[np.ndarray, float]:
+    """Angular frequencies float64 [H / 2] of a layer type, and the scale of cos and sin.
+
+    Plain RoPE on sliding layers; on full layers YaRN (Peng et al., arXiv:2309.00071, section 3.2
+    and 3.4) when `yarn_factor` is not 1.
+    """
+    theta = config.rope_theta if layer_type == "full" else config.rope_theta_sliding
+    plain = theta ** (-np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    if layer_type != "full":
+        return plain, 1.0
+
+    def dimension(turns: float) -> float:
+        """The (fractional) dimension that makes this many turns over the original context."""
+        return config.head_dim * math.log(config.yarn_original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(dimension(config.yarn_beta_fast)), 0)
+    high = min(math.ceil(dimension(config.yarn_beta_slow)), config.head_dim - 1)
+    ramp = np.clip((np.arange(config.head_dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    frequencies = plain * (1 - ramp) + plain / config.yarn_factor * ramp
+    scale = config.yarn_attention_factor or 0.1 * math.log(config.yarn_factor) + 1.0
+    return frequencies, scale
+
+
+def rope_table(config: DecoderConfig, layer_type: str, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, T, 1, H / 2], of positions [B, T]."""
+    frequencies, scale = rope_frequencies(config, layer_type)
+    angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def _rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates [B, T, N, H] by a table; the halves of a head are the two coordinates (as in HF)."""
+    cos, sin = table
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+# --------------------------------------------------------------------------------------- modules
+
+
+@struct.dataclass
+class _Where:
+    """What every layer needs to know about the tokens; built once, outside the scan."""
+
+    positions: jax.Array  # [B, T]
+    segments: jax.Array  # [B, T]
+    tables: dict[str, tuple[jax.Array, jax.Array]]  # layer type -> cos, sin
+    kv_positions: jax.Array  # [B, S] (T without a cache)
+    kv_segments: jax.Array  # [B, S]
+    slots: jax.Array | None  # [B, T] slot each token is written to; S (out of range) for padding
+
+
+def _norm(x: jax.Array, scale: jax.Array, eps: float, axes: tuple[int, ...] = (-1,)) -> jax.Array:
+    """RMSNorm over `axes` with float32 statistics; result in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    variance = jnp.mean(x32 * x32, axis=axes, keepdims=True)
+    return (x32 * jax.lax.rsqrt(variance + eps) * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class _Weights(nn.Module):
+    """Base of the modules below: parameters declared with their shape and logical axes in one line."""
+
+    config: DecoderConfig
+
+    def matrix(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+        init = nn.initializers.normal(self.config.initializer_range)
+        weight = self._declare(name, init, shape, axes)
+        return weight.astype(self.config.compute_dtype)
+
+    def scale(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+        return self._declare(name, nn.initializers.ones, shape, axes)
+
+    def bias(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+        return self._declare(name, nn.initializers.zeros, shape, axes).astype(self.config.compute_dtype)
+
+    def _declare(self, name, init, shape, axes):
+        return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(self.config.param_dtype))
+
+
+class _Attention(_Weights):
+    layer_type: str
+
+    @nn.compact
+    def __call__(self, x, kv, layer, where: _Where):
+        c = self.config
+        hidden, heads, kv_heads, width = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+        q = jnp.einsum("btd,dnh->btnh", x, self.matrix("query", (hidden, heads, width), ("embed", "heads", "head_dim")))
+        k = jnp.einsum("btd,dnh->btnh", x, self.matrix("key", (hidden, kv_heads, width), ("embed", "kv_heads", "head_dim")))
+        v = jnp.einsum("btd,dnh->btnh", x, self.matrix("value", (hidden, kv_heads, width), ("embed", "kv_heads", "head_dim")))
+        if c.attention_bias:
+            q = q + self.bias("query_bias", (heads, width), ("heads", "head_dim"))
+            k = k + self.bias("key_bias", (kv_heads, width), ("kv_heads", "head_dim"))
+            v = v + self.bias("value_bias", (kv_heads, width), ("kv_heads", "head_dim"))
+        if c.qk_norm == "head":
+            q = _norm(q, self.scale("query_norm", (width,), ("norm",)), c.rms_norm_eps)
+            k = _norm(k, self.scale("key_norm", (width,), ("norm",)), c.rms_norm_eps)
+        elif c.qk_norm == "projection":
+            q = _norm(q, self.scale("query_norm", (heads, width), ("heads", "norm")), c.rms_norm_eps, (-2, -1))
+            k = _norm(k, self.scale("key_norm", (kv_heads, width), ("kv_heads", "norm")), c.rms_norm_eps, (-2, -1))
+        q = constrain(_rotate(q, where.tables[self.layer_type]), "batch", "length", "act_heads", None)
+        k = constrain(_rotate(k, where.tables[self.layer_type]), "batch", "length", "act_heads", None)
+        if kv is not None:
+            kv = tuple(_write(cached, layer, where.slots, new) for cached, new in zip(kv, (k, v), strict=True))
+            k, v = (jax.lax.dynamic_index_in_dim(cached, layer, 0, keepdims=False) for cached in kv)
+            k, v = k.astype(q.dtype), v.astype(q.dtype)  # [B, S, KV, H]
+        out = attention(
+            q,
+            k,
+            v,
+            q_positions=where.positions,
+            kv_positions=where.kv_positions,
+            q_segments=where.segments,
+            kv_segments=where.kv_segments,
+            window=c.sliding_window if self.layer_type == "sliding" else None,
+            implementation=c.attention,
+        )  # [B, T, N, H]
+        out = jnp.einsum("btnh,nhd->btd", out, self.matrix("out", (heads, width, hidden), ("heads", "head_dim", "embed")))
+        if c.attention_bias:
+            out = out + self.bias("out_bias", (hidden,), ("norm",))
+        return out, kv
+
+
+def _write(cached: jax.Array, layer: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
+    """Writes new [B, T, KV, H] into a layer of cached [L, B, S, KV, H] at slots [B, T]; padding is dropped."""
+    rows = jnp.arange(new.shape[0])[:, None]
+    return cached.at[layer, rows, slots].set(new.astype(cached.dtype), mode="drop")
+
+
+class _Mlp(_Weights):
+    @nn.compact
+    def __call__(self, x):
+        hidden, wide = self.config.hidden_size, self.config.intermediate_size
+        gate = x @ self.matrix("gate", (hidden, wide), ("embed", "mlp"))
+        up = x @ self.matrix("up", (hidden, wide), ("embed", "mlp"))
+        wide_out = constrain(jax.nn.silu(gate) * up, "batch", "length", "act_mlp")
+        return wide_out @ self.matrix("down", (wide, hidden), ("mlp", "embed"))
+
+
+class _Block(_Weights):
+    layer_type: str
+
+    @nn.compact
+    def __call__(self, x, kv, layer, where: _Where):
+        c = self.config
+        before = c.norm_position == "pre"
+        attention_norm = self.scale("attention_norm", (c.hidden_size,), ("norm",))
+        mlp_norm = self.scale("mlp_norm", (c.hidden_size,), ("norm",))
+        y = _norm(x, attention_norm, c.rms_norm_eps) if before else x
+        y, kv = _Attention(c, self.layer_type, name="attention")(y, kv, layer, where)
+        x = x + (y if before else _norm(y, attention_norm, c.rms_norm_eps))
+        x = constrain(x, "batch", "length", "act_embed")
+        y = _norm(x, mlp_norm, c.rms_norm_eps) if before else x
+        y = _Mlp(c, name="mlp")(y)
+        x = x + (y if before else _norm(y, mlp_norm, c.rms_norm_eps))
+        return constrain(x, "batch", "length", "act_embed"), kv
+
+
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class _Group(nn.Module):
+    """The layer pattern once."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, carry, group, where: _Where):
+        x, kv = carry
+        pattern = self.config.layer_pattern
+        block = _Block
+        if self.config.remat != "none":
+            # The scan around us is what keeps the compiler from undoing the recomputation.
+            block = nn.remat(_Block, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=False)
+        for i, layer_type in enumerate(pattern):
+            x, kv = block(self.config, layer_type, name=f"block_{i}")(x, kv, group * len(pattern) + i, where)
+        return (x, kv), None
+
+
+class _Decoder(_Weights):
+    """tokens [B, T] -> hidden states after the final norm [B, T, D], and the cache's (k, v)."""
+
+    @nn.compact
+    def __call__(self, tokens, kv, where: _Where):
+        c = self.config
+        # The embedding is read in the parameters' dtype: its gradient sums over many tokens.
+        init = nn.initializers.normal(c.initializer_range)
+        table = self._declare("embedding", init, (c.vocab_size, c.hidden_size), ("vocab", "embed"))
+        if not c.tie_embeddings:
+            self._declare("unembedding", init, (c.vocab_size, c.hidden_size), ("vocab", "embed"))
+        x = jnp.take(table, tokens, axis=0).astype(c.compute_dtype)
+        x = constrain(x, "batch", "length", "act_embed")
+        # The whole cache is carried and written in place: scanning it in and out would copy it.
+        scanned = nn.scan(
+            _Group,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=c.num_groups,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        (x, kv), _ = scanned(c, name="layers")((x, kv), jnp.arange(c.num_groups), where)
+        return _norm(x, self.scale("final_norm", (c.hidden_size,), ("norm",)), c.rms_norm_eps), kv
+
+
+# ------------------------------------------------------------------------------------------ model
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """The pure functions of one decoder. Hashable, so it may be a static argument of jit.
+
+    `hf_config` is the text of the config.json that the model came from ("" when it came from
+    none); it takes no part in comparison and is written back on export.
+    """
+
+    config: DecoderConfig
+    hf_config: str = dataclasses.field(default="", compare=False, repr=False)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Random parameters: normal(initializer_range) matrices, ones for norms, zeros for biases."""
+        return jax.tree.map(_unbox, self._boxed(key), is_leaf=_is_boxed)
+
+    def param_shapes(self) -> dict[str, Any]:
+        """The parameters as ShapeDtypeStructs; nothing is computed."""
+        return jax.tree.map(_unbox, self._abstract(), is_leaf=_is_boxed)
+
+    def param_axes(self) -> dict[str, Any]:
+        """The logical axes of every parameter, a tuple of names per leaf."""
+        return jax.tree.map(lambda leaf: leaf.names, self._abstract(), is_leaf=_is_boxed)
+
+    def _boxed(self, key):
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return _Decoder(self.config).init(key, tokens, None, self._where(tokens, None, None, None))["params"]
+
+    def _abstract(self):
+        return jax.eval_shape(self._boxed, jax.random.key(0))
+
+    def init_cache(self, batch: int, max_len: int, dtype: Any = None) -> Cache:
+        """An empty cache of `max_len` slots per row, in the compute dtype unless `dtype` says else."""
+        c = self.config
+        shape = (c.num_layers, batch, max_len, c.num_kv_heads, c.head_dim)
+        dtype = jnp.dtype(c.compute_dtype if dtype is None else dtype)
+        return Cache(
+            k=jnp.zeros(shape, dtype),
+            v=jnp.zeros(shape, dtype),
+            positions=jnp.zeros((batch, max_len), jnp.int32),
+            segment_ids=jnp.zeros((batch, max_len), jnp.int32),
+            length=jnp.zeros((batch,), jnp.int32),
+        )
+
+    def apply(
+        self,
+        params: dict[str, Any],
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """tokens [B, T] -> (hidden [B, T, D] after the final norm, cache).
+
+        segment_ids [B, T] (default all 1): a token attends within its segment only, 0 is padding.
+        positions [B, T] (default: counted from 0 in every run of equal segment ids; with a cache,
+        counted on from the row's length). With a cache, the non-padding tokens of row b go to the
+        slots from length[b] on and length[b] grows by their number; tokens beyond the last slot
+        are lost, so size the cache for the longest row. Hidden states of padding are meaningless.
+        """
+        if segment_ids is None:
+            segment_ids = jnp.ones(tokens.shape, jnp.int32)
+        slots = None
+        if cache is not None:
+            real = (segment_ids != 0).astype(jnp.int32)
+            order = cache.length[:, None] + jnp.cumsum(real, axis=1) - 1  # [B, T]
+            max_len = cache.positions.shape[1]
+            slots = jnp.where(real == 1, order, max_len)
+            positions = order if positions is None else positions
+            rows = jnp.arange(tokens.shape[0])[:, None]
+            cache = cache.replace(
+                positions=cache.positions.at[rows, slots].set(positions, mode="drop"),
+                segment_ids=cache.segment_ids.at[rows, slots].set(segment_ids, mode="drop"),
+                length=jnp.minimum(cache.length + real.sum(axis=1), max_len),
+            )
+        elif positions is None:
+            positions = _positions_in_runs(segment_ids)
+        where = self._where(positions, segment_ids, slots, cache)
+        kv = None if cache is None else (cache.k, cache.v)
+        hidden, kv = _Decoder(self.config).apply({"params": params}, tokens, kv, where)
+        return hidden, (None if cache is None else cache.replace(k=kv[0], v=kv[1]))
+
+    def _where(self, positions, segment_ids, slots, cache):
+        segment_ids = jnp.ones_like(positions) if segment_ids is None else segment_ids
+        kinds = dict.fromkeys(self.config.layer_pattern)
+        return _Where(
+            positions=positions,
+            segments=segment_ids,
+            tables={kind: rope_table(self.config, kind, positions) for kind in kinds},
+            kv_positions=positions if cache is None else cache.positions,
+            kv_segments=segment_ids if cache is None else cache.segment_ids,
+            slots=slots,
+        )
+
+    def unembedding(self, params: dict[str, Any]) -> jax.Array:
+        """The output matrix [V, D] in the parameters' dtype: the embedding table when tied."""
+        return params["embedding" if self.config.tie_embeddings else "unembedding"]
+
+    def unembed(self, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> logits [..., V] float32, accumulated in float32."""
+        weight = self.unembedding(params).astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+
+
+def _is_boxed(node: Any) -> bool:
+    return isinstance(node, nn.meta.AxisMetadata)
+
+
+def _unbox(leaf: Any) -> Any:
+    return leaf.value
+
+
+def _positions_in_runs(segment_ids: jax.Array) -> jax.Array:
+    """[B, T] segment ids -> how far each token stands from the first of its run of equal ids."""
+    index = jnp.arange(segment_ids.shape[1])[None]
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

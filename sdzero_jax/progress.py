@@ -1,0 +1,45 @@
+"""Progress of long work on the terminal: items done, rate, time left and current figures."""
+
+import sys
+from collections.abc import Mapping
+
+from tqdm import tqdm
+
+
+class Progress:
+    """A tqdm bar; in a log file (no terminal) a line every 10 seconds instead of a redrawn one."""
+
+    def __init__(self, description: str, total: int, initial: int = 0, unit: str = "it"):
+        interactive = sys.stderr.isatty()
+        self._bar = tqdm(
+            desc=f"{description:<12}",
+            total=total,
+            initial=initial,
+            unit=unit,
+            dynamic_ncols=interactive,
+            ncols=None if interactive else 120,
+            mininterval=0.2 if interactive else 10.0,
+            ascii=not interactive,
+        )
+
+    def update(self, count: int = 1, figures: Mapping[str, float] | None = None) -> None:
+        """Counts `count` more items and shows the latest `figures`."""
+        if figures:
+            self._bar.set_postfix_str(
+                ", ".join(f"{name} {value:.4g}" for name, value in figures.items()), refresh=False
+            )
+        self._bar.update(count)
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+
+def say(line: str) -> None:
+    """One line for the person at the terminal, above any progress bar."""
+    tqdm.write(line, file=sys.stderr)

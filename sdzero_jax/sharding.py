@@ -1,0 +1,188 @@
+"""Device mesh, the one table from logical axis names to mesh axes, and host batch -> global array.
+
+Three mesh axes: `data` (whole replicas), `fsdp` (parameters and optimizer state are cut along
+it, and so is the batch) and `tensor` (heads, MLP and vocabulary are cut along it). Left out:
+pipeline, expert and sequence parallelism.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sdzero_jax.errors import UserError, nearest
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. Parameters first, then activations.
+RULES: Mapping[str, tuple[str, ...]] = {
+    "layers": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "norm": (),
+    "batch": ("data", "fsdp"),
+    "length": (),
+    "act_embed": (),
+    "act_heads": ("tensor",),
+    "act_mlp": ("tensor",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices stand along each mesh axis; one of them may be -1 and takes what is left."""
+
+    data: Annotated[int, "whole replicas of the model; -1 takes the devices that are left"] = 1
+    fsdp: Annotated[int, "parts that parameters and batch are cut into; -1 takes what is left"] = -1
+    tensor: Annotated[int, "parts that heads, MLP and vocabulary are cut into; -1 takes what is left"] = 1
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
+    """Returns (data, fsdp, tensor) for this many devices; UserError names the nearest shape that fits."""
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    written = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+    if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
+        raise UserError(f"mesh {written}: every axis must be at least 1, and at most one may be -1")
+    fixed = math.prod(size for size in sizes if size != -1)
+    shape = tuple(num_devices // fixed if size == -1 else size for size in sizes)
+    if math.prod(shape) != num_devices:
+        fit = _nearest_shape(sizes, num_devices)
+        offer = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, fit, strict=True))
+        raise UserError(f"mesh {written} does not fit {num_devices} devices; the nearest that fits: {offer}")
+    return shape
+
+
+def _nearest_shape(sizes: Sequence[int], num_devices: int) -> tuple[int, int, int]:
+    """The factorisation of num_devices whose axes differ least (in log size) from those asked for."""
+    divisors = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
+    shapes = [(d, f, num_devices // (d * f)) for d in divisors for f in divisors if num_devices % (d * f) == 0]
+
+    def distance(shape: tuple[int, int, int]) -> float:
+        pairs = zip(shape, sizes, strict=True)
+        return sum(abs(math.log(have / want)) for have, want in pairs if want != -1)
+
+    return min(shapes, key=distance)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh with axes (data, fsdp, tensor) over `devices` (default: all). UserError when it does not fit."""
+    devices = jax.devices() if devices is None else list(devices)
+    shape = mesh_shape(config, len(devices))
+    return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def spec_for(
+    axes: Sequence[str | None],
+    sizes: Mapping[str, int],
+    shape: Sequence[int] | None = None,
+    rules: Mapping[str, tuple[str, ...]] = RULES,
+) -> P:
+    """PartitionSpec of an array with these logical axes on mesh axes of these sizes.
+
+    With `shape`, a dimension that the mesh axes do not divide stays whole (few KV heads, toy
+    vocabularies). Raises UserError for an unknown logical axis and ValueError when two
+    dimensions claim one mesh axis.
+    """
+    entries, taken = [], set()
+    for position, axis in enumerate(axes):
+        if axis is not None and axis not in rules:
+            raise UserError(f"unknown logical axis {axis!r}{nearest(axis, rules)}")
+        names = tuple(name for name in rules[axis] if name in sizes) if axis is not None else ()
+        if shape is not None and names and shape[position] % math.prod(sizes[name] for name in names):
+            names = ()
+        if taken.intersection(names):
+            raise ValueError(f"logical axes {tuple(axes)} put two dimensions on one mesh axis of {names}")
+        taken.update(names)
+        entries.append(names if len(names) > 1 else names[0] if names else None)
+    return P(*entries)
+
+
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple) and all(axis is None or isinstance(axis, str) for axis in node)
+
+
+def shardings_for(mesh: Mesh, axes_tree: Any, shapes_tree: Any = None) -> Any:
+    """Tree of NamedSharding for a tree of logical axis tuples.
+
+    `shapes_tree` (arrays or ShapeDtypeStructs, same structure) lets a dimension that does not
+    divide stay whole; without it every named dimension must divide.
+    """
+    sizes = dict(mesh.shape)
+    if shapes_tree is None:
+        return jax.tree.map(lambda axes: NamedSharding(mesh, spec_for(axes, sizes)), axes_tree, is_leaf=_is_axes)
+    return jax.tree.map(
+        lambda axes, leaf: NamedSharding(mesh, spec_for(axes, sizes, leaf.shape)),
+        axes_tree,
+        shapes_tree,
+        is_leaf=_is_axes,
+    )
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Asks the compiler to keep x cut as these logical axes say; x itself when no mesh is set.
+
+    The mesh is the one of `jax.set_mesh`. Axes that an enclosing shard_map holds by hand and
+    dimensions that do not divide are left alone.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    }
+    if not sizes:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_for(axes, sizes, x.shape))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array whose leading axis is the batch: cut over (data, fsdp)."""
+    return NamedSharding(mesh, P(RULES["batch"]))
+
+
+def shard_batch(mesh: Mesh, batch: Any) -> Any:
+    """Tree of numpy arrays [B, ...] -> global arrays, the leading axis cut over (data, fsdp).
+
+    In a multi-host run each process passes its own rows and the global batch is their
+    concatenation. UserError when the rows do not divide over this process's devices.
+    """
+    sharding = batch_sharding(mesh)
+    parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    processes = len({device.process_index for device in mesh.devices.flat})
+
+    def put(leaf: np.ndarray) -> jax.Array:
+        leaf = np.asarray(leaf)
+        if leaf.ndim == 0:
+            return jax.device_put(leaf, replicated(mesh))
+        rows = leaf.shape[0] * processes
+        if rows % parts:
+            fit = max(parts, round(rows / parts) * parts)
+            raise UserError(f"a batch of {rows} rows does not divide over data x fsdp = {parts}; nearest: {fit}")
+        return jax.make_array_from_process_local_data(sharding, leaf)
+
+    return jax.tree.map(put, batch)
+
+
+def use(mesh: Mesh | None):
+    """Context in which the mesh is the one that `constrain` and the operators see; no-op for None."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def batch_devices(mesh: Mesh) -> int:
+    """Number of parts that a batch is cut into."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])

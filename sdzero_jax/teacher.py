@@ -1,0 +1,58 @@
+"""Where the teacher comes from: schedules that say what T is at each step.
+
+frozen: the reviser as it was when distillation began (paper); ema: T <- (1 - u) T + u S inside
+the train step; sync_every: T := S every n steps, on the host between two steps;
+live: T = stop_gradient(S).
+"""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+
+from sdzero_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """Teacher schedule."""
+
+    schedule: Annotated[Literal["frozen", "ema", "sync_every", "live"], "where the teacher comes from"] = "frozen"
+    ema_rate: Annotated[float, "u of T <- (1 - u) T + u S"] = 0.01
+    sync_steps: Annotated[int, "steps between synchronisations of sync_every"] = 0
+
+    def validate(self) -> None:
+        if self.schedule == "sync_every" and self.sync_steps < 1:
+            raise UserError(f"teacher.sync_steps is {self.sync_steps}; schedule sync_every needs at least 1")
+        if self.schedule == "ema" and not 0.0 < self.ema_rate <= 1.0:
+            raise UserError(f"teacher.ema_rate is {self.ema_rate}; wanted 0 < ema_rate <= 1")
+
+
+def initial_teacher(config: TeacherConfig, reviser_params):
+    """The teacher at step 0, a copy with buffers of its own; None when the schedule keeps none.
+
+    An EMA teacher is float32: in bfloat16 a step of u (S - T) is rounded away.
+    """
+    if config.schedule == "live":
+        return None
+    dtype = jnp.float32 if config.schedule == "ema" else None
+    return jax.tree.map(lambda leaf: jnp.array(leaf, dtype=dtype, copy=True), reviser_params)
+
+
+def teacher_for_loss(config: TeacherConfig, teacher, params):
+    """The parameters that play T in this step."""
+    return params if config.schedule == "live" else teacher
+
+
+def after_update(config: TeacherConfig, teacher, params):
+    """The teacher after an optimiser step; only ema moves it."""
+    if config.schedule != "ema":
+        return teacher
+    rate = config.ema_rate
+    return jax.tree.map(lambda old, new: (1.0 - rate) * old + rate * new.astype(old.dtype), teacher, params)
+
+
+def sync_due(config: TeacherConfig, step: int) -> bool:
+    """True when the teacher becomes the student after `step` completed steps."""
+    return config.schedule == "sync_every" and step > 0 and step % config.sync_steps == 0

@@ -1,0 +1,131 @@
+"""The one train step: loss, gradient, update and teacher, in one jitted, sharded, donated program.
+
+Every method runs through `make_train_step`; what differs is the loss function and the batch.
+Leaves out where batches come from, synchronising a teacher between steps and checkpoints.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from sdzero_jax import sharding
+from sdzero_jax.models import LanguageModel
+from sdzero_jax.objectives import Metrics
+from sdzero_jax.teacher import TeacherConfig, after_update, initial_teacher, teacher_for_loss
+
+# (params, teacher, batch) -> (loss, metrics)
+LossFn = Callable[[Any, Any, Any], tuple[jax.Array, Metrics]]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything a step reads and writes; `teacher` is None for objectives without one."""
+
+    step: jax.Array  # [] int32, completed steps
+    params: Any
+    opt_state: Any
+    teacher: Any = None
+
+
+def state_shardings(model: LanguageModel, optimizer: optax.GradientTransformation, mesh, has_teacher: bool):
+    """A TrainState of NamedShardings: moments and teacher lie as the parameters do, scalars everywhere."""
+    params = sharding.shardings_for(mesh, model.param_axes())
+    everywhere = sharding.replicated(mesh)
+    shapes = jax.eval_shape(optimizer.init, model.param_shapes())
+    opt_state = optax.tree.map_params(
+        optimizer, lambda _, spec: spec, shapes, params, transform_non_params=lambda _: everywhere
+    )
+    return TrainState(step=everywhere, params=params, opt_state=opt_state, teacher=params if has_teacher else None)
+
+
+def init_state(
+    model: LanguageModel,
+    params,
+    optimizer: optax.GradientTransformation,
+    mesh,
+    *,
+    teacher_config: TeacherConfig | None = None,
+    reviser_params=None,
+) -> TrainState:
+    """A state at step 0, placed on the mesh; `params` are copied because the step donates its state."""
+    teacher = None
+    if teacher_config is not None:
+        teacher_config.validate()
+        teacher = initial_teacher(teacher_config, reviser_params)
+    shardings = state_shardings(model, optimizer, mesh, teacher is not None)
+
+    def build(params, teacher):
+        return TrainState(jnp.int32(0), params, optimizer.init(params), teacher)
+
+    copied = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
+    with sharding.use(mesh):
+        return jax.jit(build, out_shardings=shardings)(copied, teacher)
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    mesh,
+    *,
+    teacher_config: TeacherConfig | None = None,
+    schedule: optax.Schedule | None = None,
+):
+    """Returns step(state, batch) -> (state, metrics): compiled for the mesh, its state donated.
+
+    Metrics are (sum, count) pairs; "nonfinite" counts steps whose loss or gradient was NaN or
+    infinite. Such a step changes nothing, so that a checkpoint never holds its result.
+    """
+    has_teacher = teacher_config is not None and teacher_config.schedule != "live"
+
+    def step_fn(state: TrainState, batch):
+        teacher = teacher_for_loss(teacher_config, state.teacher, state.params) if teacher_config else None
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, teacher, batch)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        new = TrainState(
+            state.step + 1,
+            params,
+            opt_state,
+            after_update(teacher_config, state.teacher, params) if teacher_config else None,
+        )
+        kept = state.replace(step=state.step + 1)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
+        one = jnp.float32(1.0)
+        metrics = metrics | {
+            "loss": (loss, one),
+            "grad_norm": (norm, one),
+            "nonfinite": (1.0 - finite.astype(jnp.float32), one),
+        }
+        if schedule is not None:
+            metrics["learning_rate"] = (jnp.float32(schedule(state.step)), one)
+        return new, metrics
+
+    shardings = state_shardings(model, optimizer, mesh, has_teacher)
+    compiled = jax.jit(
+        step_fn,
+        in_shardings=(shardings, None),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+    def step(state: TrainState, batch):
+        with sharding.use(mesh):
+            return compiled(state, sharding.shard_batch(mesh, batch))
+
+    return step
+
+
+def synchronise(state: TrainState) -> TrainState:
+    """T := S, in buffers of their own (the next step donates both)."""
+    teacher = jax.tree.map(
+        lambda leaf, old: jax.device_put(jnp.array(leaf, dtype=old.dtype, copy=True), old.sharding),
+        state.params,
+        state.teacher,
+    )
+    return state.replace(teacher=teacher)

@@ -1,0 +1,596 @@
+"""Both families against goldens of transformers, and the model's own promises.
+
+The goldens (tests/make_goldens.py) are random twins in float32: logits, gradients of every
+parameter and greedy continuations. Bite checks break one dial at a time and must see them differ.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sdzero_jax.errors import UserError
+from sdzero_jax.models import (
+    PRESETS,
+    DecoderConfig,
+    LanguageModel,
+    convert,
+    decoder,
+    from_config,
+    load_pretrained,
+    save_pretrained,
+    to_hf_config,
+)
+
+DATA = Path(__file__).parent / "data"
+TWINS = ("qwen3_tied", "qwen3_untied", "olmo3")
+
+
+apply = jax.jit(LanguageModel.apply, static_argnums=0)
+
+
+def twin(name, **dials):
+    return load_pretrained(DATA / "goldens" / name, **dials)
+
+
+def golden(name):
+    return load_file(DATA / "goldens" / name / "golden.safetensors")
+
+
+def full_logits(model, params, tokens, **kwargs):
+    return model.unembed(params, apply(model, params, tokens, **kwargs)[0])
+
+
+def mean_nll(model, params, tokens):
+    logp = jax.nn.log_softmax(full_logits(model, params, tokens[:, :-1]))
+    return -jnp.take_along_axis(logp, tokens[:, 1:, None], 2).mean()
+
+
+def tiny(**dials):
+    fields = dict(
+        vocab_size=40, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+        intermediate_size=24, initializer_range=0.3,
+    )  # fmt: skip
+    return LanguageModel(DecoderConfig(**{**fields, **dials}))
+
+
+def tiny_olmo(**dials):
+    fields = dict(
+        num_layers=4, norm_position="post", qk_norm="projection", sliding_window=5,
+        layer_pattern=("sliding", "sliding", "sliding", "full"), yarn_factor=8.0, yarn_original_length=8,
+    )  # fmt: skip
+    return tiny(**{**fields, **dials})
+
+
+# ----------------------------------------------------------------------------------------- goldens
+
+
+@pytest.mark.parametrize("attention", ["reference", "chunked"])
+@pytest.mark.parametrize("name", TWINS)
+def test_logits(name, attention):
+    model, params = twin(name, attention=attention)
+    want = golden(name)
+    got = full_logits(model, params, want["tokens"])
+    np.testing.assert_allclose(got, want["logits"], atol=1e-4)
+    assert got.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_gradient_of_every_parameter(name):
+    model, params = twin(name)
+    want = golden(name)
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: mean_nll(model, p, want["tokens"])))(params)
+    np.testing.assert_allclose(loss, want["loss"][0], rtol=1e-5)
+    leaves = dict(convert._leaves(grads))
+    table = convert.conversion_table(model)
+    assert {f"grad.{entry.name}" for entry in table} == {key for key in want if key.startswith("grad.")}
+    for entry in table:
+        leaf = leaves[entry.path] if entry.group is None else leaves[entry.path][entry.group]
+        theirs = want[f"grad.{entry.name}"]
+        scale = np.abs(theirs).max()
+        assert scale > 0
+        np.testing.assert_allclose(entry.to_hf(np.asarray(leaf)) / scale, theirs / scale, atol=1e-4, err_msg=entry.name)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_greedy_decoding_with_the_cache_equals_generate(name):
+    model, params = twin(name)
+    want = golden(name)
+    prompt, generated = want["prompt"], want["generated"]
+    new = generated.shape[1]
+
+    @jax.jit
+    def generate(params, prompt):
+        cache = model.init_cache(prompt.shape[0], prompt.shape[1] + new)
+        hidden, cache = apply(model, params, prompt, cache=cache)
+
+        def step(state, _):
+            hidden, cache = state
+            token = jnp.argmax(model.unembed(params, hidden[:, -1]), -1)[:, None]
+            hidden, cache = apply(model, params, token, cache=cache)
+            return (hidden, cache), token[:, 0]
+
+        return jax.lax.scan(step, (hidden[:, -1:], cache), length=new)[1].T
+
+    np.testing.assert_array_equal(generate(params, prompt), generated)
+
+
+def break_nothing(monkeypatch, config):
+    return config
+
+
+def wrong_theta(monkeypatch, config):
+    return dataclasses.replace(config, rope_theta=config.rope_theta * 1.1)
+
+
+def wrong_sliding_theta(monkeypatch, config):
+    return dataclasses.replace(config, rope_theta_sliding=config.rope_theta_sliding * 1.1)
+
+
+def yarn_on_sliding(monkeypatch, config):
+    original = decoder.rope_frequencies
+    monkeypatch.setattr(decoder, "rope_frequencies", lambda config, kind: original(config, "full"))
+    return config
+
+
+def no_yarn(monkeypatch, config):
+    return dataclasses.replace(config, yarn_factor=1.0, yarn_attention_factor=0.0)
+
+
+def yarn_length(monkeypatch, config):
+    return dataclasses.replace(config, yarn_original_length=2 * config.yarn_original_length)
+
+
+def yarn_beta_slow(monkeypatch, config):
+    return dataclasses.replace(config, yarn_beta_slow=0.3)
+
+
+def yarn_scale(monkeypatch, config):
+    return dataclasses.replace(config, yarn_attention_factor=1.0)
+
+
+def wider_window(monkeypatch, config):
+    return dataclasses.replace(config, sliding_window=config.sliding_window + 1)
+
+
+def narrower_window(monkeypatch, config):
+    return dataclasses.replace(config, sliding_window=config.sliding_window - 1)
+
+
+def qk_norm_per_head(monkeypatch, config):
+    original = decoder._norm
+    monkeypatch.setattr(decoder, "_norm", lambda x, scale, eps, axes=(-1,): original(x, scale, eps))
+    return config
+
+
+def qk_norm_over_heads(monkeypatch, config):
+    original = decoder._norm
+    both = lambda x, scale, eps, axes=(-1,): original(x, scale, eps, (-2, -1) if x.ndim == 4 else axes)  # noqa: E731
+    monkeypatch.setattr(decoder, "_norm", both)
+    return config
+
+
+def other_norm_position(monkeypatch, config):
+    return dataclasses.replace(config, norm_position="pre" if config.norm_position == "post" else "post")
+
+
+def all_full(monkeypatch, config):
+    return dataclasses.replace(config, sliding_window=10_000)
+
+
+def epsilon(monkeypatch, config):
+    return dataclasses.replace(config, rms_norm_eps=1e-2)
+
+
+BITES = {
+    "olmo3": (
+        wrong_theta, wrong_sliding_theta, yarn_on_sliding, no_yarn, yarn_length, yarn_beta_slow, yarn_scale,
+        wider_window, narrower_window, qk_norm_per_head, other_norm_position, all_full, epsilon,
+    ),
+    "qwen3_tied": (wrong_theta, qk_norm_over_heads, other_norm_position, epsilon),
+    "qwen3_untied": (wrong_theta, qk_norm_over_heads, other_norm_position, epsilon),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, broken", [(n, b) for n, bs in BITES.items() for b in (break_nothing, *bs)])
+def test_a_broken_dial_is_seen(monkeypatch, name, broken):
+    model, params = twin(name)
+    want = golden(name)
+    model = dataclasses.replace(model, config=broken(monkeypatch, model.config))
+    error = np.abs(full_logits(model, params, want["tokens"]) - want["logits"]).max()
+    assert error < 1e-4 if broken is break_nothing else error > 1e-2, error
+
+
+# ------------------------------------------------------------------------------------------ rotary
+
+
+def olmo3_rotary_oracle(position, layer_type):
+    """cos and sin, float64 [64], of Olmo-3-7B: written from the YaRN paper, one dimension at a time."""
+    cos, sin = [], []
+    for i in range(64):
+        turn = 500_000.0 ** (-2 * i / 128)
+        amplitude = 1.0
+        if layer_type == "full":
+            # The paper's ramp over turns, with its bounds moved to whole dimensions as released.
+            bound = [128 * math.log(8192 / (beta * 2 * math.pi)) / (2 * math.log(500_000.0)) for beta in (32.0, 1.0)]
+            low, high = math.floor(bound[0]), math.ceil(bound[1])
+            keep = 1.0 if i <= low else 0.0 if i >= high else (high - i) / (high - low)
+            turn = keep * turn + (1 - keep) * turn / 8.0
+            amplitude = 0.1 * math.log(8.0) + 1.0
+        cos.append(amplitude * math.cos(position * turn))
+        sin.append(amplitude * math.sin(position * turn))
+    return np.array(cos), np.array(sin)
+
+
+@pytest.mark.parametrize("layer_type", ["full", "sliding"])
+def test_olmo3_rotary(layer_type):
+    config = PRESETS["olmo3_7b_instruct"]()
+    positions = [0, 1, 17, 4095, 8192, 65_535]
+    got = decoder.rope_table(config, layer_type, jnp.asarray([positions]))
+    for i, position in enumerate(positions):
+        # float32 angles: half an ulp of the angle, plus that of the frequency times the position.
+        tolerance = 1e-6 + position * 1.2e-7
+        for have, want in zip(got, olmo3_rotary_oracle(position, layer_type), strict=True):
+            np.testing.assert_allclose(have[0, i, 0], want, atol=tolerance)
+    frequencies, scale = decoder.rope_frequencies(config, layer_type)
+    frozen = {"full": (1.0, 1.5344630e-7 * 2.0, 1.2079441541679836), "sliding": (1.0, 2.4551407e-6, 1.0)}[layer_type]
+    np.testing.assert_allclose([frequencies[0], frequencies[-1], scale], frozen, rtol=1e-6)
+
+
+def test_rotary_depends_on_distance_only():
+    model = tiny()
+    params = model.init(jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (1, 12), 0, 40)
+    base = apply(model, params, tokens)[0]
+    moved = apply(model, params, tokens, positions=jnp.arange(12)[None] + 300)[0]
+    np.testing.assert_allclose(base, moved, atol=1e-4)
+    stretched = apply(model, params, tokens, positions=2 * jnp.arange(12)[None])[0]
+    assert np.abs(base - stretched).max() > 1e-2
+
+
+# ----------------------------------------------------------------- cache, packing, padding, causality
+
+
+@pytest.mark.parametrize("build", [tiny, tiny_olmo])
+def test_ragged_cached_decoding_equals_the_full_forward(build):
+    model = build()
+    params = model.init(jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (4, 24), 0, 40)
+    want = apply(model, params, tokens)[0]  # [B, T, D]
+    lengths = jnp.array([9, 1, 0, 6])
+    real = (jnp.arange(9) < lengths[:, None]).astype(jnp.int32)
+    junk = jnp.where(real == 1, tokens[:, :9], 39)
+    hidden, cache = apply(model, params, junk, segment_ids=real, cache=model.init_cache(4, 24))
+    np.testing.assert_allclose(hidden * real[..., None], want[:, :9] * real[..., None], atol=1e-5)
+    np.testing.assert_array_equal(cache.length, lengths)
+    for i in range(14):
+        go = (jnp.arange(4) != i % 5).astype(jnp.int32)[:, None]  # each row pauses now and then
+        at = cache.length
+        token = jnp.take_along_axis(tokens, at[:, None], 1)
+        hidden, cache = apply(model, params, token, segment_ids=go, cache=cache)
+        np.testing.assert_array_equal(cache.length, at + go[:, 0])
+        np.testing.assert_allclose(
+            hidden[:, 0] * go, jnp.take_along_axis(want, at[:, None, None], 1)[:, 0] * go, atol=1e-5
+        )
+    assert int(cache.length.min()) >= 11
+
+
+def test_a_row_is_given_to_a_new_sequence_by_clearing_it():
+    model = tiny_olmo()
+    params = model.init(jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 10), 0, 40)
+    _, cache = apply(model, params, tokens, cache=model.init_cache(2, 12))
+    keep = jnp.array([1, 0])
+    cache = cache.replace(length=cache.length * keep, segment_ids=cache.segment_ids * keep[:, None])
+    fresh = jax.random.randint(jax.random.key(2), (2, 4), 0, 40)
+    only_second = jnp.array([[0] * 4, [1] * 4])
+    hidden, cache = apply(model, params, fresh, segment_ids=only_second, cache=cache)
+    np.testing.assert_allclose(hidden[1], apply(model, params, fresh[1:])[0][0], atol=1e-5)
+    np.testing.assert_array_equal(cache.length, [10, 4])
+
+
+def test_a_full_row_loses_new_tokens_and_harms_nothing():
+    model = tiny()
+    params = model.init(jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (1, 6), 0, 40)
+    _, full = apply(model, params, tokens, cache=model.init_cache(1, 6))
+    _, after = apply(model, params, tokens[:, :2], cache=full)
+    for before, now in zip(jax.tree.leaves(full), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(before, now)
+
+
+@pytest.mark.parametrize("build", [tiny, tiny_olmo])
+@pytest.mark.parametrize("cached", [False, True])
+def test_left_padding_equals_no_padding(build, cached):
+    model = build()
+    params = model.init(jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (1, 9), 0, 40)
+    segments = jnp.array([[0, 0, 0] + [1] * 9])
+    padded = jnp.pad(tokens, ((0, 0), (3, 0)))
+    cache = model.init_cache(1, 12) if cached else None
+    hidden, _ = apply(model, params, padded, segment_ids=segments, cache=cache)
+    np.testing.assert_allclose(hidden[:, 3:], apply(model, params, tokens)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [tiny, tiny_olmo])
+def test_packed_segments_equal_separate_rows(build):
+    model = build()
+    params = model.init(jax.random.key(0))
+    lengths = (7, 12, 4)
+    rows = [jax.random.randint(jax.random.key(i), (1, n), 0, 40) for i, n in enumerate(lengths)]
+    segments = np.concatenate([np.full(n, i + 1) for i, n in enumerate(lengths)] + [np.zeros(2, int)])[None]
+    packed = jnp.pad(jnp.concatenate(rows, 1), ((0, 0), (0, 2)))
+    hidden, cache = apply(model, params, packed, segment_ids=segments)
+    assert cache is None
+    start = 0
+    for row, n in zip(rows, lengths, strict=True):
+        np.testing.assert_allclose(hidden[:, start : start + n], apply(model, params, row)[0], atol=1e-5)
+        start += n
+
+
+@pytest.mark.parametrize("attention", ["reference", "chunked"])
+@pytest.mark.parametrize("pattern, sees", [(("full",), 16), (("sliding",), 5)])
+def test_causality_and_window_by_exactly_zero_gradients(pattern, sees, attention):
+    # One layer and distinct tokens: the embedding row of a token is touched by its position alone.
+    model = tiny(num_layers=1, layer_pattern=pattern, sliding_window=5, attention=attention)
+    params = model.init(jax.random.key(0))
+    tokens = jax.random.permutation(jax.random.key(1), 40)[None, :16]
+    gradient = jax.jit(jax.grad(lambda p, at: jnp.sum(model.apply(p, tokens)[0][0, at] ** 3)))
+    for at in (0, 6, 15):
+        grad = gradient(params, at)["embedding"]
+        touched = np.abs(grad[tokens[0]]).max(axis=1) > 0
+        expected = (np.arange(16) <= at) & (np.arange(16) > at - sees)
+        np.testing.assert_array_equal(touched, expected)
+
+
+def test_decoding_does_not_copy_the_cache():
+    model = tiny(num_layers=6)
+    params = model.init(jax.random.key(0))
+
+    def loop(params, cache, token):
+        def body(state):
+            cache, token = state
+            hidden, cache = apply(model, params, token, cache=cache)
+            return cache, jnp.argmax(model.unembed(params, hidden), -1)
+
+        return jax.lax.while_loop(lambda s: s[0].length[0] < 50, body, (cache, token))
+
+    cache = model.init_cache(5, 53)
+    compiled = jax.jit(loop, donate_argnums=1).lower(params, cache, jnp.zeros((5, 1), jnp.int32)).compile()
+    assert "f32[6,5,53,2,8]" in compiled.as_text()
+    copies = [line for line in compiled.as_text().splitlines() if "f32[6,5,53,2,8]" in line and " copy(" in line]
+    assert not copies
+
+
+# -------------------------------------------------------------------------------------------- dials
+
+
+def test_shapes_axes_and_init_agree():
+    for model in (tiny(attention_bias=True), tiny_olmo(tie_embeddings=True)):
+        params, shapes, axes = model.init(jax.random.key(0)), model.param_shapes(), model.param_axes()
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+        is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
+        ranks = jax.tree.map(len, axes, is_leaf=is_axes)
+        assert ranks == jax.tree.map(lambda x: x.ndim, params)
+        assert all(type(node) is dict for node in (params, params["layers"], params["layers"]["block_0"]))
+        assert model.unembedding(params).shape == (40, 16)
+        assert ("unembedding" in params) != model.config.tie_embeddings
+        assert hash(model) == hash(LanguageModel(dataclasses.replace(model.config), hf_config="{}"))
+    layers = tiny_olmo().init(jax.random.key(0))["layers"]
+    query = layers["block_0"]["attention"]["query"]
+    assert np.std(query) == pytest.approx(0.3, rel=0.1)
+    assert np.abs(query - layers["block_1"]["attention"]["query"]).max() > 0.1
+    deep = tiny().init(jax.random.key(0))["layers"]["block_0"]["mlp"]["up"]
+    assert np.abs(deep[0] - deep[1]).max() > 0.1  # every repetition draws its own weights
+
+
+def test_dtypes():
+    model = tiny(param_dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.init(jax.random.key(0)))} == {jnp.dtype("bfloat16")}
+    model = tiny_olmo(compute_dtype="bfloat16")
+    params = model.init(jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 40)
+    hidden, cache = apply(model, params, tokens, cache=model.init_cache(2, 12))
+    assert hidden.dtype == cache.k.dtype == jnp.bfloat16 and model.unembed(params, hidden).dtype == jnp.float32
+    exact = tiny_olmo().apply(params, tokens)[0]
+    assert 1e-4 < np.abs(hidden.astype(jnp.float32) - exact).max() < 0.25
+    assert model.init_cache(1, 2, "float32").v.dtype == jnp.float32
+
+
+def test_remat_saves_memory_and_changes_nothing():
+    tokens = jax.random.randint(jax.random.key(1), (8, 65), 0, 40)
+    memory, grads = {}, {}
+    for remat in ("none", "dots", "full"):
+        model = tiny(num_layers=6, hidden_size=32, intermediate_size=128, remat=remat)
+        params = model.init(jax.random.key(0))
+        compiled = jax.jit(jax.grad(lambda p, m=model: mean_nll(m, p, tokens))).lower(params).compile()
+        memory[remat] = compiled.memory_analysis().temp_size_in_bytes
+        grads[remat] = compiled(params)
+    assert memory["full"] < 0.8 * memory["dots"] and memory["dots"] < 0.5 * memory["none"], memory
+    for remat in ("dots", "full"):
+        same = jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-5), grads["none"], grads[remat])
+        assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize(
+    "dials, message",
+    [
+        (dict(remat="ful"), "remat='ful' is not known; did you mean 'full'"),
+        (dict(qk_norm="heads"), "did you mean 'head'"),
+        (dict(layer_pattern=("full", "local")), "may hold only full, sliding"),
+        (dict(num_layers=6, layer_pattern=("sliding",) * 3 + ("full",)), "multiple of the layer pattern's length 4"),
+        (dict(num_kv_heads=3), "num_kv_heads=3 does not divide num_heads=4; nearest: 2"),
+        (dict(head_dim=7), "even for RoPE; nearest: 8"),
+    ],
+)
+def test_contradictions_are_refused(dials, message):
+    with pytest.raises(UserError, match=message):
+        tiny(**dials)
+
+
+# ------------------------------------------------------------------------------ config.json, folders
+
+
+@pytest.mark.parametrize("preset, file", [
+    ("qwen3_4b_instruct_2507", "qwen3-4b-instruct-2507.config.json"),
+    ("olmo3_7b_instruct", "olmo-3-7b-instruct.config.json"),
+])  # fmt: skip
+def test_presets_are_the_published_configs(preset, file):
+    text = (DATA / "configs" / file).read_text()
+    model = from_config(json.loads(text))
+    assert model.config == PRESETS[preset]()
+    assert to_hf_config(model) == json.loads(text)  # written back as read
+    rewritten = to_hf_config(LanguageModel(model.config))
+    assert from_config(rewritten).config == model.config
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.param_shapes()))
+    assert count == {"qwen3_4b_instruct_2507": 4_022_468_096, "olmo3_7b_instruct": 7_298_011_136}[preset]
+
+
+def test_legacy_and_new_rope_parameters_mean_the_same():
+    legacy = json.loads((DATA / "configs" / "olmo-3-7b-instruct.config.json").read_text())
+    yarn = {**legacy["rope_scaling"], "rope_theta": 500_000}
+    base = {key: value for key, value in legacy.items() if not key.startswith("rope")}
+    plain = {"rope_type": "default", "rope_theta": 500_000}
+    per_type = {**base, "rope_parameters": {"full_attention": yarn, "sliding_attention": plain}}
+    flat = {**base, "rope_parameters": yarn}
+    want = from_config(legacy).config
+    assert from_config(per_type).config == from_config(flat).config == want
+    other = {**base, "rope_parameters": {"full_attention": yarn, "sliding_attention": {**plain, "rope_theta": 1e4}}}
+    assert from_config(other).config == dataclasses.replace(want, rope_theta_sliding=1e4)
+    without_types = {key: value for key, value in legacy.items() if key != "layer_types"}
+    assert from_config(without_types).config == want
+    old_name = {**legacy, "rope_scaling": {**legacy["rope_scaling"], "type": "yarn"}}
+    del old_name["rope_scaling"]["rope_type"]
+    assert from_config(old_name).config == want
+
+
+def test_qwen3_with_yarn_and_with_late_sliding_layers():
+    hf = json.loads((DATA / "configs" / "qwen3-4b-instruct-2507.config.json").read_text())
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
+    config = from_config({**hf, "rope_scaling": scaling}).config
+    assert (config.yarn_factor, config.yarn_original_length) == (4.0, 32_768)
+    late = {**hf, "use_sliding_window": True, "sliding_window": 128, "max_window_layers": 30}
+    config = from_config(late).config
+    assert config.layer_pattern == ("full",) * 30 + ("sliding",) * 6 and config.sliding_window == 128
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(model_type="qwen2"), "model_type 'qwen2' is not supported; did you mean 'qwen3'"),
+        (dict(hidden_act="gelu", quantization_config={"bits": 4}), "hidden_act='gelu'.*quantization_config"),
+        (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope_type 'llama3' of full_attention"),
+        (dict(rope_scaling={"rope_type": "yarn", "factor": 8.0, "truncate": False}), "truncate=false"),
+        (dict(rope_scaling={"rope_type": "yarn", "factr": 8.0}), "'factr' of full_attention.*did you mean 'factor'"),
+        (dict(layer_types=["chunked_attention"] * 36), "layer type 'chunked_attention' is not supported"),
+        (dict(layer_types=["full_attention"] * 3), "lists 3 layer_types for 36 layers"),
+        (dict(vocab_size=None), "lacks vocab_size"),
+    ],
+)
+def test_unsupported_configs_are_refused_by_name(change, message):
+    hf = json.loads((DATA / "configs" / "qwen3-4b-instruct-2507.config.json").read_text())
+    with pytest.raises(UserError, match=message) as caught:
+        from_config({**hf, **change})
+    assert "\n" not in str(caught.value)
+
+
+def test_olmo3_with_yarn_on_sliding_layers_is_refused():
+    hf = json.loads((DATA / "goldens" / "olmo3" / "config.json").read_text())
+    hf["rope_parameters"]["sliding_attention"] = hf["rope_parameters"]["full_attention"]
+    with pytest.raises(UserError, match="'yarn' on Olmo-3's sliding layers"):
+        from_config(hf)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("name", TWINS)
+def test_round_trip_is_bit_exact_in_the_stored_dtype(tmp_path, monkeypatch, name, shards):
+    stored = load_file(DATA / "goldens" / name / "model.safetensors")
+    stored = {key: value.astype(ml_dtypes.bfloat16) for key, value in stored.items()}
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file(stored, source / "model.safetensors")
+    config_text = (DATA / "goldens" / name / "config.json").read_text()
+    (source / "config.json").write_text(config_text)
+    if shards:
+        monkeypatch.setattr(convert, "_FILE_BYTES", 10_000)
+    model, params = load_pretrained(source, dtype=None)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    target = tmp_path / "target"
+    save_pretrained(target, model, params)
+    save_pretrained(target, model, params)  # an earlier export is replaced
+    files = sorted(path.name for path in tmp_path.glob("target/*.safetensors"))
+    assert (len(files) > 2 and "index" not in files[0]) if shards else files == ["model.safetensors"]
+    written = {}
+    for file in files:
+        written.update(load_file(target / file))
+    assert written.keys() == stored.keys()
+    for key, value in stored.items():
+        assert written[key].dtype == value.dtype and written[key].tobytes() == value.tobytes(), key
+    assert (target / "config.json").read_text() == config_text
+    again, params_again = load_pretrained(target, dtype=None)
+    assert again == model
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, params_again)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]  # no temporary folder left
+    wide, wide_params = load_pretrained(target)
+    assert {leaf.dtype for leaf in jax.tree.leaves(wide_params)} == {jnp.dtype("float32")}
+    save_pretrained(tmp_path / "narrow", wide, wide_params, dtype="bfloat16")
+    _, narrow = load_pretrained(tmp_path / "narrow", dtype=None)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, narrow)))
+
+
+def test_what_does_not_fit_is_reported_together(tmp_path):
+    tensors = load_file(DATA / "goldens" / "qwen3_untied" / "model.safetensors")
+    tensors["model.layers.9.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"]
+    del tensors["model.layers.1.self_attn.k_norm.weight"]
+    tensors["model.norm.weight"] = np.ones(21, np.float32)
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_file({"lm_head.weight": tensors["lm_head.weight"]}, tmp_path / "b.safetensors")
+    (tmp_path / "config.json").write_text((DATA / "goldens" / "qwen3_untied" / "config.json").read_text())
+    with pytest.raises(UserError) as caught:
+        load_pretrained(tmp_path)
+    message = str(caught.value)
+    for part in (
+        "unmapped: model.layers.9.mlp.up_proj.weight;",
+        "doubled: lm_head.weight;",
+        "missing: model.layers.1.self_attn.k_norm.weight;",
+        "misshapen: model.norm.weight (21,), wanted (20,)",
+    ):
+        assert part in message
+    assert "\n" not in message
+
+
+def test_folders_that_are_no_models(tmp_path):
+    with pytest.raises(UserError, match="no config.json"):
+        load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((DATA / "goldens" / "olmo3" / "config.json").read_text())
+    with pytest.raises(UserError, match="lacks safetensors files"):
+        load_pretrained(tmp_path)
+    (tmp_path / convert._INDEX_FILE).write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(UserError, match="lacks model-00001-of-00002.safetensors"):
+        load_pretrained(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"\x10cut short")
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load_pretrained(tmp_path)
+
+
+def test_export_refuses_strangers(tmp_path):
+    model = tiny()
+    params = model.init(jax.random.key(0))
+    wrong = {**params, "final_norm": jnp.ones(3), "extra": jnp.ones(1)}
+    del wrong["embedding"]
+    with pytest.raises(UserError, match=r"unknown: extra; missing: embedding; misshapen: final_norm \(3,\)"):
+        save_pretrained(tmp_path / "x", model, wrong)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="notes.txt"):
+        save_pretrained(tmp_path, model, params)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    with pytest.raises(UserError, match="has no Hugging Face form"):
+        save_pretrained(tmp_path / "x", tiny(qk_norm="none"), tiny(qk_norm="none").init(jax.random.key(0)))
