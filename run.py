@@ -132,7 +132,7 @@ def run_stages(arguments) -> int:
     from sdzero_jax import pipeline, signals
 
     signals.install()
-    with pipeline.open_run(config, fork=arguments.fork) as run:
+    with pipeline.open_run(config, arguments.stage, arguments.fork) as run:
         if arguments.stage:
             pipeline.run_stage(run, arguments.stage)
         else:

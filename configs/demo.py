@@ -15,6 +15,7 @@ from sdzero_jax.models import DecoderConfig
 from sdzero_jax.optimizer import OptimizerConfig
 from sdzero_jax.rollouts import SamplingConfig
 from sdzero_jax.sampler import SamplerConfig
+from sdzero_jax.tasks import ChainConfig, TaskConfig
 
 
 def get_config() -> Config:
@@ -33,6 +34,8 @@ def get_config() -> Config:
             intermediate_size=240,
             max_position=256,
         ),
+        # 40 rows of three attempts instead of 42: divisible over 8 devices.
+        task=TaskConfig(chain=ChainConfig(batch_sizes=(128, 64, 40))),
         sampler=SamplerConfig(slots=256, prompt_multiple=32),
         base=BaseConfig(
             optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_fraction=0.05),

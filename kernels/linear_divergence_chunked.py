@@ -68,22 +68,34 @@ def _logits(h: jax.Array, w: jax.Array, settings: Settings) -> jax.Array:
     return z
 
 
-@jax.custom_jvp
-def log_softmax(z: jax.Array) -> jax.Array:
-    """z - ln sum exp z over the last axis.
-
-    Differs from jax.nn.log_softmax in what autodiff keeps: only the result. So student and teacher run
-    the same forward program, and equal logits give bit-equal log-probs, differentiated or not.
-    """
+def _normaliser(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Largest logit and ln sum exp(z - largest), each [n, 1]; no gradient: `_log_probs` has it all."""
     highest = jnp.max(z, axis=-1, keepdims=True)
-    shifted = z - highest
-    return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True))
+    return highest, jnp.log(jnp.sum(jnp.exp(z - highest), axis=-1, keepdims=True))
 
 
-@log_softmax.defjvp
-def _log_softmax_jvp(primals, tangents):
-    logp, (tangent,) = log_softmax(*primals), tangents
+@jax.custom_jvp
+def _log_probs(z: jax.Array, highest: jax.Array, log_sum: jax.Array) -> jax.Array:
+    """log_softmax of z [n, V] given its normaliser; for the gradient only the result is kept."""
+    return z - highest - log_sum
+
+
+@_log_probs.defjvp
+def _log_probs_jvp(primals, tangents):
+    logp, tangent = _log_probs(*primals), tangents[0]
     return logp, tangent - jnp.sum(jnp.exp(logp) * tangent, axis=-1, keepdims=True)
+
+
+def _snap(normaliser, other):
+    """`other` where the two are equal but for rounding.
+
+    The compiler may sum the student's and the teacher's vocabulary in different orders. With this,
+    equal logits have bit-equal log-probs, so that their divergence is exactly 0.
+    """
+    (highest, log_sum), (other_highest, other_log_sum) = normaliser, other
+    rounding = 16 * jnp.finfo(log_sum.dtype).eps
+    equal = (highest == other_highest) & (jnp.abs(log_sum - other_log_sum) <= rounding)
+    return highest, jnp.where(equal, other_log_sum, log_sum)
 
 
 def pick(logp: jax.Array, ids: jax.Array | None) -> jax.Array | None:
@@ -95,26 +107,29 @@ def pick(logp: jax.Array, ids: jax.Array | None) -> jax.Array | None:
 
 
 def _entropy(logp: jax.Array) -> jax.Array:
-    mass = logp > -jnp.inf
+    mass = logp != -jnp.inf
     safe = jnp.where(mass, logp, 0.0)  # a masked-out -inf must not meet 0 in the backward pass
     return -jnp.sum(jnp.where(mass, jnp.exp(safe) * safe, 0.0), axis=-1)
 
 
-def _values(z: jax.Array, t: jax.Array | None, ids: jax.Array | None, settings: Settings) -> Values:
-    s = log_softmax(z)  # [n, V]
-    return Values(settings.divergence(s, t, ids), pick(s, ids), pick(t, ids), _entropy(s))
-
-
-def _teacher_logp(tokens: Tokens, w_teacher: jax.Array | None, settings: Settings) -> jax.Array | None:
+def _prepare(tokens: Tokens, w: jax.Array, w_teacher: jax.Array | None, settings: Settings):
+    """Logits of the student [n, V], their normaliser, and log-probs of the teacher [n, V] or None."""
+    z = _logits(tokens.student, w, settings)
+    normaliser = jax.lax.stop_gradient(_normaliser(z))
     if tokens.teacher is None:
-        return None
-    return log_softmax(_logits(tokens.teacher, w_teacher, settings))
+        return z, normaliser, None
+    zt = _logits(tokens.teacher, w_teacher, settings)
+    return z, normaliser, _log_probs(zt, *_snap(_normaliser(zt), normaliser))
+
+
+def _values(s: jax.Array, t: jax.Array | None, ids: jax.Array | None, settings: Settings) -> Values:
+    return Values(settings.divergence(s, t, ids), pick(s, ids), pick(t, ids), _entropy(s))
 
 
 def tile_values(tokens: Tokens, w: jax.Array, w_teacher: jax.Array | None, settings: Settings) -> Values:
     """Values of all tokens at once: the body of a tile, and the dense reference."""
-    z = _logits(tokens.student, w, settings)
-    return _values(z, _teacher_logp(tokens, w_teacher, settings), tokens.ids, settings)
+    z, normaliser, t = _prepare(tokens, w, w_teacher, settings)
+    return _values(_log_probs(z, *normaliser), t, tokens.ids, settings)
 
 
 def token_factor(values: Values, tokens: Tokens, settings: Settings) -> jax.Array:
@@ -147,9 +162,8 @@ def values_gradients(
     """(dh [N, D] in h's dtype, dw [V, D] in float32) for cotangents of the values, by recomputation."""
 
     def body(dw, tile):
-        z = _logits(tile.student, w, settings)
-        t = _teacher_logp(tile, w_teacher, settings)
-        out, pull = jax.vjp(lambda z: _values(z, t, tile.ids, settings), z)
+        z, normaliser, t = _prepare(tile, w, w_teacher, settings)
+        out, pull = jax.vjp(lambda z: _values(_log_probs(z, *normaliser), t, tile.ids, settings), z)
         dz = pull(tile.cotangent)[0]
         live = jnp.any(jnp.stack([c != 0 for c in jax.tree.leaves(tile.cotangent)]), axis=0)
         dh, dw = _products(dz, live & ~jnp.isinf(out.value), tile.student, w, dw, settings)
@@ -166,11 +180,10 @@ def loss_gradients(
 
     def body(carry, tile):
         total, dw = carry
-        z = _logits(tile.student, w, settings)
-        t = _teacher_logp(tile, w_teacher, settings)
+        z, normaliser, t = _prepare(tile, w, w_teacher, settings)
 
         def value_of(z):
-            s = log_softmax(z)
+            s = _log_probs(z, *normaliser)
             return settings.divergence(s, t, tile.ids), s
 
         value, pull, s = jax.vjp(value_of, z, has_aux=True)

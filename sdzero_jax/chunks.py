@@ -23,10 +23,12 @@ class ChunkLog:
             self._read()
 
     def _read(self) -> None:
-        lines, repaired = read_jsonl_repaired(self._path)
+        size = self._path.stat().st_size
+        lines, _ = read_jsonl_repaired(self._path)
+        cut = self._path.stat().st_size < size
         ends = [number for number, line in enumerate(lines) if "closes" in line]
         whole = lines[: ends[-1] + 1] if ends else []
-        if repaired or len(whole) < len(lines):
+        if cut or len(whole) < len(lines):
             say(f"{self._path}: the last chunk was half written; it is made again")
             temporary = self._path.with_suffix(".tmp")
             temporary.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ import jax
 from sdzero_jax import objectives, settings, sharding
 from sdzero_jax.analysis import localisation_summary, write_report
 from sdzero_jax.analysis.token_scores import localisation_records
+from sdzero_jax.batches import sequence_batch
 from sdzero_jax.checkpoint import Checkpointer, load_params, save_params
 from sdzero_jax.collect import collect
 from sdzero_jax.config import Config, OptimizerConfig
@@ -35,12 +36,23 @@ from sdzero_jax.models import LanguageModel
 from sdzero_jax.optimizer import learning_rate_schedule, make_optimizer
 from sdzero_jax.progress import say
 from sdzero_jax.prompts import control_phrases
-from sdzero_jax.rollouts import Domain, RolloutIterator, sample_responses, sample_revisions
+from sdzero_jax.rollouts import Domain, RolloutIterator, check_sampling, sample_responses, sample_revisions
 from sdzero_jax.sampler import Sampler
 from sdzero_jax.tasks import make_task
 from sdzero_jax.teacher import sync_due
 from sdzero_jax.train import Hooks, fit
 from sdzero_jax.train_step import init_state, make_train_step, synchronise
+
+
+# The stage that each one needs, and with it everything before.
+BEFORE: dict[str, str | None] = {
+    "base": None,
+    "collect": "base",
+    "srt": "collect",
+    "distill": "srt",
+    "evaluate": "distill",
+    "localise": "srt",
+}
 
 
 class Run:
@@ -53,6 +65,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         self.lock(self.directory)
+        write_json_atomic(self.directory / "config.json", json.loads(json.dumps(dataclasses.asdict(self.config))))
         return self
 
     def __exit__(self, *exception) -> None:
@@ -122,7 +135,6 @@ class Run:
         config = self.config
         if stage == "base":
             return settings.digest(config.model, config.task, config.base, config.seed)
-        before = {"collect": "base", "srt": "collect", "distill": "srt", "evaluate": "distill", "localise": "srt"}
         own = {
             "collect": (config.collect, config.phrases),
             "srt": (config.srt,),
@@ -130,7 +142,7 @@ class Run:
             "evaluate": (config.evaluate,),
             "localise": (config.localisation, config.distill.layout, config.distill.sampling),
         }
-        return settings.digest(self.key(before[stage]), *own[stage], config.sampler)
+        return settings.digest(self.key(BEFORE[stage]), *own[stage], config.sampler)
 
     def folder(self, stage: str) -> pathlib.Path:
         """Where a stage writes; base models are shared between runs through the cache."""
@@ -241,8 +253,8 @@ def held_out_hooks(run: Run, sequences, config) -> Hooks:
     if not sequences:
         return Hooks()
     parts = sharding.batch_devices(run.mesh)
-    rows = (sequences * parts)[: max(parts, len(sequences) // parts * parts)]
-    batch, _ = SequenceSource(rows, len(rows), config.data.max_length, 0).next(None)
+    rows = sequences[: len(sequences) // parts * parts] or sequences[:1] * parts  # divides over the devices
+    batch = sequence_batch(rows, config.data.max_length)
     loss = jax.jit(functools.partial(objectives.cross_entropy, config.objective, run.model))
 
     def validate(params, step):
@@ -484,14 +496,20 @@ def _copy_base_metrics(run: Run) -> None:
     shutil.copyfile(run.folder("base") / "metrics.jsonl", target / "metrics.jsonl")
 
 
-def open_run(config: Config, fork: bool = False) -> Run:
-    """Claims the run directory for this config.
+def open_run(config: Config, stage: str | None = None, fork: bool = False) -> Run:
+    """The run of a config, to be entered with `with`; nothing is written before that.
+
+    Everything that can be refused is refused here: what does not fit together, and a stage whose
+    predecessors have not finished.
 
     A directory of another config is refused with the differences; with `fork` its stages that do
     not depend on them are copied to a new directory, where the run goes on.
     """
+    check_fit(Run(config))
     directory = pathlib.Path(config.run_dir)
     recorded = directory / "config.json"
+    if stage and BEFORE[stage]:
+        Run(config).need(BEFORE[stage])
     if recorded.exists():
         old = read_json(recorded)
         changed = settings.differences(old, dataclasses.asdict(config))
@@ -503,10 +521,38 @@ def open_run(config: Config, fork: bool = False) -> Run:
             )
         if changed:
             config = _fork(config, directory)
-    run = Run(config)
-    run.directory.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(run.directory / "config.json", json.loads(json.dumps(dataclasses.asdict(config))))
-    return run
+    return Run(config)
+
+
+def check_fit(run: Run) -> None:
+    """Refuses settings that do not fit the task, the model's context or the devices."""
+    config, model, task = run.config, run.model, run.task
+    phrase = max(len(run.domain.phrase_ids(reward)) for reward in (0.0, 1.0))
+    for name in ("collect", "distill", "evaluate"):
+        sampling = getattr(config, name).sampling
+        check_sampling(sampling, f"{name}.sampling")
+        revision = 0 if name == "distill" else phrase + sampling.max_new_tokens
+        longest = task.max_prompt_tokens + 1 + sampling.max_new_tokens + revision
+        if longest > model.config.max_position:
+            raise UserError(
+                f"{name}.sampling.max_new_tokens={sampling.max_new_tokens} needs contexts of {longest} tokens, "
+                f"but model.max_position={model.config.max_position}; lower the former or raise the latter"
+            )
+    layout = config.distill.layout
+    if layout.max_prompt < task.max_prompt_tokens + 1:
+        raise UserError(
+            f"distill.layout.max_prompt={layout.max_prompt}, but prompts of task {config.task.name} have up to "
+            f"{task.max_prompt_tokens + 1} tokens"
+        )
+    parts = sharding.batch_devices(run.mesh)
+    sizes = {"srt.batch_size": config.srt.batch_size, "distill.batch_size": config.distill.batch_size}
+    sizes |= {f"the corpus batch of {kind} attempts": shape.batch for kind, shape in task.corpus_shapes().items()}
+    for name, size in sizes.items():
+        if size % parts:
+            raise UserError(
+                f"{name} is {size}, which does not divide over {parts} devices (mesh data x fsdp); "
+                f"nearest: {max(parts, round(size / parts) * parts)}"
+            )
 
 
 def _fork(config: Config, directory: pathlib.Path) -> Config:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import grain
 
 from sdzero_jax.batches import reviser_context
+from sdzero_jax.errors import UserError
 from sdzero_jax.examples import Question, Rollout, Verdict
 from sdzero_jax.prompts import ControlPhrases
 from sdzero_jax.sampler import Completion, Request, Sampler
@@ -27,6 +28,20 @@ class SamplingConfig:
     top_k: Annotated[int, "most likely tokens kept; 0 keeps all"] = 0
     min_p: Annotated[float, "tokens below this share of the largest probability go; 0 keeps all"] = 0.0
     max_new_tokens: Annotated[int, "longest response, in tokens"] = 64
+
+
+def check_sampling(config: SamplingConfig, path: str) -> None:
+    """Refuses impossible sampling settings; `path` is where they stand in the config."""
+    ranges = {
+        "temperature": (config.temperature >= 0, ">= 0"),
+        "top_p": (0 < config.top_p <= 1, "in (0, 1]"),
+        "top_k": (config.top_k >= 0, ">= 0"),
+        "min_p": (0 <= config.min_p < 1, "in [0, 1)"),
+        "max_new_tokens": (config.max_new_tokens >= 1, ">= 1"),
+    }
+    for name, (good, wanted) in ranges.items():
+        if not good:
+            raise UserError(f"{path}.{name} is {getattr(config, name)}; wanted {wanted}")
 
 
 @dataclasses.dataclass(frozen=True)

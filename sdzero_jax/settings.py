@@ -38,7 +38,8 @@ def _set(config: Any, names: Sequence[str], text: str, path: str) -> Any:
     name = names[0]
     where = path.rsplit(".".join(names), 1)[0]
     if name not in fields:
-        raise UserError(f"unknown setting {path!r}{nearest(name, fields).replace(repr(name), name)}{_within(where)}")
+        known = [f"{where}{field}" for field in fields]
+        raise UserError(f"unknown setting {path!r}{nearest(f'{where}{name}', known)}")
     value = getattr(config, name)
     if dataclasses.is_dataclass(value):
         if len(names) == 1:
@@ -48,10 +49,6 @@ def _set(config: Any, names: Sequence[str], text: str, path: str) -> Any:
     if len(names) > 1:
         raise UserError(f"setting {path!r}: {where}{name} is a single value, it has no field {names[1]!r}")
     return dataclasses.replace(config, **{name: parse(field_types(type(config))[name], text, path)})
-
-
-def _within(where: str) -> str:
-    return f" (in {where.rstrip('.')})" if where else ""
 
 
 def parse(annotation: Any, text: str, path: str) -> Any:

@@ -65,7 +65,8 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
 def _nearest_shape(sizes: Sequence[int], num_devices: int) -> tuple[int, int, int]:
     """The factorisation of num_devices whose axes differ least (in log size) from those asked for."""
     divisors = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
-    shapes = [(d, f, num_devices // (d * f)) for d in divisors for f in divisors if num_devices % (d * f) == 0]
+    pairs = [(d, f) for d in divisors for f in divisors if num_devices % (d * f) == 0]
+    shapes = [(d, f, num_devices // (d * f)) for d, f in pairs]
 
     def distance(shape: tuple[int, int, int]) -> float:
         pairs = zip(shape, sizes, strict=True)
@@ -118,14 +119,12 @@ def shardings_for(mesh: Mesh, axes_tree: Any, shapes_tree: Any = None) -> Any:
     divide stay whole; without it every named dimension must divide.
     """
     sizes = dict(mesh.shape)
-    if shapes_tree is None:
-        return jax.tree.map(lambda axes: NamedSharding(mesh, spec_for(axes, sizes)), axes_tree, is_leaf=_is_axes)
-    return jax.tree.map(
-        lambda axes, leaf: NamedSharding(mesh, spec_for(axes, sizes, leaf.shape)),
-        axes_tree,
-        shapes_tree,
-        is_leaf=_is_axes,
-    )
+
+    def place(axes: Sequence[str | None], leaf: Any = None) -> NamedSharding:
+        return NamedSharding(mesh, spec_for(axes, sizes, None if leaf is None else leaf.shape))
+
+    trees = (axes_tree,) if shapes_tree is None else (axes_tree, shapes_tree)
+    return jax.tree.map(place, *trees, is_leaf=_is_axes)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -172,7 +171,9 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
         rows = leaf.shape[0] * processes
         if rows % parts:
             fit = max(parts, round(rows / parts) * parts)
-            raise UserError(f"a batch of {rows} rows does not divide over data x fsdp = {parts}; nearest: {fit}")
+            raise UserError(
+                f"a batch of {rows} rows does not divide over data x fsdp = {parts}; nearest: {fit}"
+            )
         return jax.make_array_from_process_local_data(sharding, leaf)
 
     return jax.tree.map(put, batch)

@@ -18,13 +18,16 @@ def inputs(seed=0, batch=2, q_len=37, kv_len=37, heads=6, kv_heads=2, width=8):
     """Two packed segments, then padding; positions restart in each segment."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-    q, k, v = draw(batch, q_len, heads, width), draw(batch, kv_len, kv_heads, width), draw(batch, kv_len, kv_heads, width)
+    q, k, v = draw(batch, q_len, heads, width), *(draw(batch, kv_len, kv_heads, width) for _ in range(2))
     cut, end = kv_len // 3, kv_len - 4
     index = np.arange(kv_len)
     segments = np.tile(np.where(index < cut, 1, np.where(index < end, 2, 0)), (batch, 1)).astype(np.int32)
     positions = np.tile(np.where(index < cut, index, index - cut), (batch, 1)).astype(np.int32)
     where = dict(
-        q_positions=positions[:, -q_len:], kv_positions=positions, q_segments=segments[:, -q_len:], kv_segments=segments
+        q_positions=positions[:, -q_len:],
+        kv_positions=positions,
+        q_segments=segments[:, -q_len:],
+        kv_segments=segments,
     )
     return (q, k, v), where
 
@@ -61,7 +64,10 @@ def small_blocks(monkeypatch):
 def test_matches_a_float64_loop(small_blocks, implementation, q_len, window):
     qkv, where = inputs(q_len=q_len)
     if q_len == 1:  # make the one query a real token
-        where["q_positions"], where["q_segments"] = where["kv_positions"][:, 30:31], where["kv_segments"][:, 30:31]
+        where["q_positions"], where["q_segments"] = (
+            where["kv_positions"][:, 30:31],
+            where["kv_segments"][:, 30:31],
+        )
     got = ops.attention(*qkv, **where, window=window, implementation=implementation)
     want = oracle(*qkv, **where, window=window)
     np.testing.assert_allclose(got, want, atol=2e-6)
@@ -88,12 +94,10 @@ def test_chunked_equals_reference_forward_and_backward(small_blocks, kv_heads, w
     def loss(implementation, *x):
         return jnp.sum(ops.attention(*x, **where, window=window, implementation=implementation) * target)
 
-    values, grads = zip(
-        *(jax.jit(jax.value_and_grad(functools.partial(loss, name), argnums=(0, 1, 2)))(*qkv) for name in ("reference", "chunked")),
-        strict=True,
-    )
-    np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
-    for reference, chunked in zip(*grads, strict=True):
+    run = lambda name: jax.jit(jax.value_and_grad(functools.partial(loss, name), argnums=(0, 1, 2)))(*qkv)  # noqa: E731
+    (value, grads), (other_value, other_grads) = run("reference"), run("chunked")
+    np.testing.assert_allclose(other_value, value, rtol=1e-5)
+    for reference, chunked in zip(grads, other_grads, strict=True):
         np.testing.assert_allclose(chunked, reference, atol=1e-5)
 
 
@@ -102,7 +106,9 @@ def _largest(jaxpr):
     sizes = [0]
     for equation in jaxpr.eqns:
         sizes += [np.prod(out.aval.shape, dtype=int) for out in equation.outvars]
-        sizes += [_largest(getattr(sub, "jaxpr", sub)) for sub in jax.core.jaxprs_in_params(equation.params)]
+        values = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns"))
+        subs = [getattr(value, "jaxpr", value) for value in values]
+        sizes += [_largest(sub) for sub in subs if hasattr(sub, "eqns")]
     return max(sizes)
 
 
@@ -120,7 +126,9 @@ def test_chunked_never_holds_all_scores_not_even_backward():
 
 def test_auto_takes_chunked_when_the_scores_are_many(monkeypatch):
     qkv, where = inputs()
-    trace = lambda name: str(jax.make_jaxpr(functools.partial(ops.attention, **where, implementation=name))(*qkv))  # noqa: E731
+    trace = lambda name: str(
+        jax.make_jaxpr(functools.partial(ops.attention, **where, implementation=name))(*qkv)
+    )  # noqa: E731
     assert trace("auto") == trace("reference") != trace("chunked")
     monkeypatch.setattr(ops, "_AUTO_CHUNKED_SCORES", 100)
     assert trace("auto") == trace("chunked")

@@ -232,7 +232,7 @@ def test_hiding_the_first_copy_and_the_phrase_makes_the_loss_zero_for_equal_para
         batch["rev_positions"][row, second] = np.arange(len(response)) + len(student_context)
         batch["rev_index"][row, 0] = len(student_context) - 1  # not from the hidden phrase
     loss, metrics = fused(student, student, batch)
-    assert abs(float(loss)) < 1e-9
+    assert abs(float(loss)) < 1e-7
     shown = fused(student, student, batch_of())[0]
     assert float(shown) > 1e-3, "without hiding, the context must matter"
 

@@ -333,7 +333,6 @@ def test_series_leaves_out_what_cannot_be_drawn():
             {"step": 5, "entropy": float("inf")}, {"step": 6, "entropy": 2}, {"entropy": 1.0}]  # fmt: skip
     steps, values = plots.series(rows, "entropy")
     assert [panel[0] for panel in plots.present_panels(rows)] == ["Student entropy"]
-    assert [panel[0] for panel in plots.present_panels(rows)] == ["KL of student and teacher"]
 
 
 def test_smoothing_keeps_straight_lines_to_the_ends():

@@ -15,6 +15,8 @@ def shuffled_batches(records: Sequence[Any], batch_size: int, seed: int) -> grai
     """
     if batch_size < 1 or not records:
         raise UserError(f"a batch of {batch_size} from {len(records)} records; both must be at least 1")
-    dataset = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
+    # Practically endless: grain's own endless repeat overflows with batches of one.
+    epochs = 2**48 // len(records)
+    dataset = grain.MapDataset.source(records).seed(seed).shuffle().repeat(epochs)
     dataset = dataset.batch(batch_size, batch_fn=list)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

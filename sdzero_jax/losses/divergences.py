@@ -3,7 +3,7 @@
 Every function takes log-probs, student first and teacher second, [..., V] -> [...]. Statistics are
 float32 (float64 stays float64) whatever the input dtype. Entries that are -inf on both sides (padding
 of the vocabulary) add exactly 0; -inf on the side that is divided by, where the other side has mass,
-gives +inf. A token of infinite value has gradient 0, so nothing is ever NaN.
+gives +inf. A token of infinite value has gradient 0, so log-probs without NaN never give NaN.
 
 Derivatives are written by hand and are those on the simplex: a multiple of the distribution itself,
 which log_softmax would remove anyway, is left out. So they are right for log-probs that come out of
@@ -29,15 +29,14 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 
 
 def _weighted(p: jax.Array, log_ratio: jax.Array) -> jax.Array:
-    """p * log_ratio where p > 0, else exactly 0 (the ratio may be infinite or NaN there)."""
-    return jnp.where(p > 0, p * log_ratio, 0.0)
+    """p * log_ratio, exactly 0 where p is 0 (the ratio may be infinite or NaN there); NaN in p stays."""
+    return jnp.where(p == 0, 0.0, p * log_ratio)
 
 
 def _score(p: jax.Array, log_ratio: jax.Array, kl: jax.Array) -> jax.Array:
     """d/d(logits of p) of KL = sum p * log_ratio: p * (log_ratio - KL); 0 where KL is infinite."""
-    finite = jnp.isfinite(kl)[..., None]
-    kl = jnp.where(jnp.isfinite(kl), kl, 0.0)[..., None]
-    return jnp.where((p > 0) & finite, p * (log_ratio - kl), 0.0)
+    kl = kl[..., None]
+    return jnp.where((p == 0) | jnp.isinf(kl), 0.0, p * (log_ratio - kl))
 
 
 @jax.custom_jvp
@@ -51,8 +50,8 @@ def _kl_jvp_p(tangent, value, p_logp, q_logp):
 
 
 def _kl_jvp_q(tangent, value, p_logp, q_logp):
-    finite = jnp.isfinite(value)[..., None]
-    return jnp.sum(jnp.where(finite, jnp.exp(q_logp) - jnp.exp(p_logp), 0.0) * tangent, axis=-1)
+    nothing = (p_logp == q_logp) | jnp.isinf(value)[..., None]  # exp of equals may differ in the last bit
+    return jnp.sum(jnp.where(nothing, 0.0, jnp.exp(q_logp) - jnp.exp(p_logp)) * tangent, axis=-1)
 
 
 _kl.defjvps(_kl_jvp_p, _kl_jvp_q)
@@ -179,7 +178,7 @@ def terms(student_logp: jax.Array, teacher_logp: jax.Array, divergence: str) -> 
 
 def kl_terms(p_logp: jax.Array, q_logp: jax.Array) -> jax.Array:
     """p (ln p - ln q) by entry with the ordinary derivatives; +inf with gradient 0 where only q is 0."""
-    has_mass, reachable = jnp.exp(p_logp) > 0, q_logp > -jnp.inf
+    has_mass, reachable = jnp.exp(p_logp) != 0, q_logp != -jnp.inf
     p_logp = jnp.where(has_mass, p_logp, 0.0)
     q_logp = jnp.where(has_mass & reachable, q_logp, 0.0)
     finite = jnp.where(has_mass & reachable, jnp.exp(p_logp) * (p_logp - q_logp), 0.0)
@@ -188,7 +187,7 @@ def kl_terms(p_logp: jax.Array, q_logp: jax.Array) -> jax.Array:
 
 def _jsd_term(p_logp: jax.Array, q_logp: jax.Array, weight: float) -> jax.Array:
     """p ln(p / (weight p + (1 - weight) q)) by entry."""
-    has_mass = jnp.exp(p_logp) > 0
+    has_mass = jnp.exp(p_logp) != 0
     p_logp = jnp.where(has_mass, p_logp, 0.0)
     mixture = jnp.logaddexp(p_logp + math.log(weight), q_logp + math.log1p(-weight))
     return jnp.where(has_mass, jnp.exp(p_logp) * (p_logp - mixture), 0.0)

@@ -61,14 +61,14 @@ def topk_divergence(
 
 def _log_mass(logp: jax.Array) -> jax.Array:
     """ln sum p over the last axis, [..., K] -> [..., 1]; -inf with gradient 0 when there is none."""
-    some = jnp.any(logp > -jnp.inf, axis=-1, keepdims=True)
+    some = jnp.any(logp != -jnp.inf, axis=-1, keepdims=True)
     mass = jax.nn.logsumexp(jnp.where(some, logp, 0.0), axis=-1, keepdims=True)
     return jnp.where(some, mass, -jnp.inf)
 
 
 def _renormalise(logp: jax.Array) -> jax.Array:
     mass = _log_mass(logp)
-    return logp - jnp.where(mass > -jnp.inf, mass, 0.0)
+    return logp - jnp.where(mass != -jnp.inf, mass, 0.0)
 
 
 def _with_bucket(logp: jax.Array) -> jax.Array:
@@ -79,7 +79,7 @@ def _with_bucket(logp: jax.Array) -> jax.Array:
 
 def _zero_outside(s: jax.Array, s_k: jax.Array, t_k: jax.Array, outside: jax.Array, divergence: str):
     """Terms on the support plus H_rest + 100 P_rest, the rest summed directly: 1 - sum_K S cancels badly."""
-    reachable = outside & (s > -jnp.inf)
+    reachable = outside & (s != -jnp.inf)
     safe = jnp.where(reachable, s, 0.0)
     p_rest = jnp.where(reachable, jnp.exp(safe), 0.0)  # [..., V]
     name, setting = kl_parts(divergence)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
@@ -35,6 +36,7 @@ PRESETS: Mapping[str, Callable[..., DecoderConfig]] = {
 _RUNTIME_FIELDS = ("param_dtype", "compute_dtype", "remat", "attention")
 _INDEX_FILE = "model.safetensors.index.json"
 _FILE_BYTES = 4 << 30
+_ROPE_BUFFER = "rotary_emb.inv_freq"
 
 
 # ----------------------------------------------------------------------------------------- config
@@ -192,7 +194,7 @@ def _reader(entries: list[Entry], tensors: Mapping[str, Any], shape: tuple[int, 
     def part(entry: Entry, index: tuple[slice, ...]) -> np.ndarray:
         tensor = tensors[entry.name][...]
         block = entry.to_ours(tensor)[index]
-        return block if dtype is None else block.astype(jax.numpy.dtype(dtype))
+        return block if dtype is None else block.astype(jnp.dtype(dtype))
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         if entries[0].group is None:
@@ -251,7 +253,7 @@ def _check(table: list[Entry], tensors: _Tensors, model: LanguageModel, folder: 
     # A tied checkpoint may repeat the table as lm_head; old ones keep a buffer of RoPE frequencies.
     spare = {"lm_head.weight"} if model.config.tie_embeddings else set()
     problems = {
-        "unmapped": [n for n in tensors if n not in wanted | dict.fromkeys(spare) and "rotary_emb.inv_freq" not in n],
+        "unmapped": [n for n in tensors if n not in wanted and n not in spare and _ROPE_BUFFER not in n],
         "doubled": sorted(tensors.doubled),
         "missing": [name for name in wanted if name not in tensors],
         "misshapen": [
@@ -291,7 +293,11 @@ def save_pretrained(
     _check_replaceable(folder)
     leaves = dict(_leaves(params))
     table = conversion_table(model)
-    files = _split(table, lambda entry: math.prod(entry.shape) * np.dtype(dtype or leaves[entry.path].dtype).itemsize)
+    sizes = {
+        entry.name: math.prod(entry.shape) * jnp.dtype(dtype or leaves[entry.path].dtype).itemsize
+        for entry in table
+    }
+    files = _split(table, sizes)
     writes = jax.process_index() == 0
     temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     try:
@@ -307,8 +313,7 @@ def save_pretrained(
                 save_file(tensors, temporary / name, metadata={"format": "pt"})
         if writes:
             if len(files) > 1:
-                total = sum(math.prod(leaf.shape) * np.dtype(dtype or leaf.dtype).itemsize for leaf in leaves.values())
-                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+                index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
                 (temporary / _INDEX_FILE).write_text(json.dumps(index, indent=2))
             (temporary / "config.json").write_text(_config_text(model))
             _replace(folder, temporary)
@@ -332,19 +337,19 @@ def _hf_tensor(leaf: Any, entry: Entry, dtype: Any) -> np.ndarray:
 
         part = multihost_utils.process_allgather(part, tiled=True)
     part = np.asarray(part)
-    return entry.to_hf(part if dtype is None else part.astype(jax.numpy.dtype(dtype)))
+    return entry.to_hf(part if dtype is None else part.astype(jnp.dtype(dtype)))
 
 
-def _split(table: list[Entry], size: Callable[[Entry], int]) -> list[list[Entry]]:
+def _split(table: list[Entry], sizes: Mapping[str, int]) -> list[list[Entry]]:
     """Cuts the table into files of at most _FILE_BYTES (a larger tensor stands alone)."""
     files: list[list[Entry]] = [[]]
     filled = 0
     for entry in table:
-        if files[-1] and filled + size(entry) > _FILE_BYTES:
+        if files[-1] and filled + sizes[entry.name] > _FILE_BYTES:
             files.append([])
             filled = 0
         files[-1].append(entry)
-        filled += size(entry)
+        filled += sizes[entry.name]
     return files
 
 

@@ -44,9 +44,11 @@ class DecoderConfig:
     head_dim: Annotated[int, "width of one head, even"]
     intermediate_size: Annotated[int, "width of the SwiGLU layer"]
     rms_norm_eps: Annotated[float, "epsilon of every RMSNorm"] = 1e-6
-    norm_position: Annotated[str, "pre (Qwen3) or post (Olmo-3): norm before or after attention and MLP"] = "pre"
-    qk_norm: Annotated[str, "RMSNorm of queries and keys: head, projection (before the head split) or none"] = "head"
-    layer_pattern: Annotated[tuple[str, ...], "layer types (full, sliding) that repeat over the layers"] = ("full",)
+    norm_position: Annotated[str, "RMSNorm before (pre, Qwen3) or after (post, Olmo-3) attention and MLP"] = (
+        "pre"
+    )
+    qk_norm: Annotated[str, "RMSNorm of queries and keys: per head, whole projection, or none"] = "head"
+    layer_pattern: Annotated[tuple[str, ...], "layer types (full, sliding), repeated"] = ("full",)
     sliding_window: Annotated[int, "positions a sliding layer sees, its own included"] = 4096
     rope_theta: Annotated[float, "RoPE base of full layers"] = 10_000.0
     rope_theta_sliding: Annotated[float, "RoPE base of sliding layers, which never use YaRN"] = 10_000.0
@@ -83,7 +85,8 @@ class DecoderConfig:
             fits = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
             near = min(fits, key=lambda n: abs(n - self.num_kv_heads))
             raise UserError(
-                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; nearest: {near}"
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; "
+                f"nearest: {near}"
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} must be even for RoPE; nearest: {self.head_dim + 1}")
@@ -126,7 +129,8 @@ def rope_frequencies(config: DecoderConfig, layer_type: str) -> tuple[np.ndarray
 
     def dimension(turns: float) -> float:
         """The (fractional) dimension that makes this many turns over the original context."""
-        return config.head_dim * math.log(config.yarn_original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        length = config.yarn_original_length / (turns * 2 * math.pi)
+        return config.head_dim * math.log(length) / (2 * math.log(theta))
 
     low = max(math.floor(dimension(config.yarn_beta_fast)), 0)
     high = min(math.ceil(dimension(config.yarn_beta_slow)), config.head_dim - 1)
@@ -189,7 +193,8 @@ class _Weights(nn.Module):
         return self._declare(name, nn.initializers.zeros, shape, axes).astype(self.config.compute_dtype)
 
     def _declare(self, name, init, shape, axes):
-        return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(self.config.param_dtype))
+        dtype = jnp.dtype(self.config.param_dtype)
+        return self.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
 
 
 class _Attention(_Weights):
@@ -199,9 +204,11 @@ class _Attention(_Weights):
     def __call__(self, x, kv, layer, where: _Where):
         c = self.config
         hidden, heads, kv_heads, width = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
-        q = jnp.einsum("btd,dnh->btnh", x, self.matrix("query", (hidden, heads, width), ("embed", "heads", "head_dim")))
-        k = jnp.einsum("btd,dnh->btnh", x, self.matrix("key", (hidden, kv_heads, width), ("embed", "kv_heads", "head_dim")))
-        v = jnp.einsum("btd,dnh->btnh", x, self.matrix("value", (hidden, kv_heads, width), ("embed", "kv_heads", "head_dim")))
+        w_q = self.matrix("query", (hidden, heads, width), ("embed", "heads", "head_dim"))
+        w_k = self.matrix("key", (hidden, kv_heads, width), ("embed", "kv_heads", "head_dim"))
+        w_v = self.matrix("value", (hidden, kv_heads, width), ("embed", "kv_heads", "head_dim"))
+        w_out = self.matrix("out", (heads, width, hidden), ("heads", "head_dim", "embed"))
+        q, k, v = (jnp.einsum("btd,dnh->btnh", x, w) for w in (w_q, w_k, w_v))
         if c.attention_bias:
             q = q + self.bias("query_bias", (heads, width), ("heads", "head_dim"))
             k = k + self.bias("key_bias", (kv_heads, width), ("kv_heads", "head_dim"))
@@ -210,12 +217,14 @@ class _Attention(_Weights):
             q = _norm(q, self.scale("query_norm", (width,), ("norm",)), c.rms_norm_eps)
             k = _norm(k, self.scale("key_norm", (width,), ("norm",)), c.rms_norm_eps)
         elif c.qk_norm == "projection":
-            q = _norm(q, self.scale("query_norm", (heads, width), ("heads", "norm")), c.rms_norm_eps, (-2, -1))
-            k = _norm(k, self.scale("key_norm", (kv_heads, width), ("kv_heads", "norm")), c.rms_norm_eps, (-2, -1))
+            q_scale = self.scale("query_norm", (heads, width), ("heads", "norm"))
+            k_scale = self.scale("key_norm", (kv_heads, width), ("kv_heads", "norm"))
+            q = _norm(q, q_scale, c.rms_norm_eps, (-2, -1))
+            k = _norm(k, k_scale, c.rms_norm_eps, (-2, -1))
         q = constrain(_rotate(q, where.tables[self.layer_type]), "batch", "length", "act_heads", None)
         k = constrain(_rotate(k, where.tables[self.layer_type]), "batch", "length", "act_heads", None)
         if kv is not None:
-            kv = tuple(_write(cached, layer, where.slots, new) for cached, new in zip(kv, (k, v), strict=True))
+            kv = tuple(_write(old, layer, where.slots, new) for old, new in zip(kv, (k, v), strict=True))
             k, v = (jax.lax.dynamic_index_in_dim(cached, layer, 0, keepdims=False) for cached in kv)
             k, v = k.astype(q.dtype), v.astype(q.dtype)  # [B, S, KV, H]
         out = attention(
@@ -229,14 +238,14 @@ class _Attention(_Weights):
             window=c.sliding_window if self.layer_type == "sliding" else None,
             implementation=c.attention,
         )  # [B, T, N, H]
-        out = jnp.einsum("btnh,nhd->btd", out, self.matrix("out", (heads, width, hidden), ("heads", "head_dim", "embed")))
+        out = jnp.einsum("btnh,nhd->btd", out, w_out)
         if c.attention_bias:
             out = out + self.bias("out_bias", (hidden,), ("norm",))
         return out, kv
 
 
 def _write(cached: jax.Array, layer: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
-    """Writes new [B, T, KV, H] into a layer of cached [L, B, S, KV, H] at slots [B, T]; padding is dropped."""
+    """Writes new [B, T, KV, H] into a layer of cached [L, B, S, KV, H] at slots [B, T], dropping padding."""
     rows = jnp.arange(new.shape[0])[:, None]
     return cached.at[layer, rows, slots].set(new.astype(cached.dtype), mode="drop")
 
@@ -305,7 +314,9 @@ class _Decoder(_Weights):
         table = self._declare("embedding", init, (c.vocab_size, c.hidden_size), ("vocab", "embed"))
         if not c.tie_embeddings:
             self._declare("unembedding", init, (c.vocab_size, c.hidden_size), ("vocab", "embed"))
-        x = jnp.take(table, tokens, axis=0).astype(c.compute_dtype)
+        # Looked up in rows of full width: a table cut along its width would be looked up for every
+        # device's tokens by every device.
+        x = jnp.take(constrain(table, "vocab", None), tokens, axis=0).astype(c.compute_dtype)
         x = constrain(x, "batch", "length", "act_embed")
         # The whole cache is carried and written in place: scanning it in and out would copy it.
         scanned = nn.scan(

@@ -20,9 +20,20 @@ _REQUIRED = {
     "intermediate_size": "intermediate_size",
 }
 _ROPE_TYPES = ("default", "yarn")
-_ROPE_KEYS = frozenset(
-    "rope_type type rope_theta factor original_max_position_embeddings beta_fast beta_slow attention_factor "
-    "truncate partial_rotary_factor mscale mscale_all_dim max_position_embeddings".split()
+_ROPE_KEYS = (
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "truncate",
+    "partial_rotary_factor",
+    "mscale",
+    "mscale_all_dim",
 )
 
 
@@ -66,7 +77,8 @@ def check_layer_count(hf: Mapping[str, Any], layer_types: Sequence[str]) -> None
     """UserError when layer_types and num_hidden_layers disagree."""
     if len(layer_types) != hf["num_hidden_layers"]:
         raise UserError(
-            f"the model's config.json lists {len(layer_types)} layer_types for {hf['num_hidden_layers']} layers"
+            f"the model's config.json lists {len(layer_types)} layer_types "
+            f"for {hf['num_hidden_layers']} layers"
         )
 
 
@@ -85,14 +97,16 @@ def rope_entries(hf: Mapping[str, Any], default_theta: float) -> dict[str, dict[
     for name, entry in entries.items():
         if entry is None:
             continue
-        unknown = sorted(set(entry) - _ROPE_KEYS)
+        unknown = sorted(set(entry) - set(_ROPE_KEYS))
         kind = entry.get("rope_type") or entry.get("type") or "default"
         if unknown:
-            raise UserError(f"RoPE parameter {unknown[0]!r} of {name} is not supported{nearest(unknown[0], _ROPE_KEYS)}")
+            choice = nearest(unknown[0], _ROPE_KEYS)
+            raise UserError(f"RoPE parameter {unknown[0]!r} of {name} is not supported{choice}")
         if kind not in _ROPE_TYPES:
             raise UserError(f"rope_type {kind!r} of {name} is not supported{nearest(kind, _ROPE_TYPES)}")
-        if entry.get("partial_rotary_factor", 1.0) != 1.0 or entry.get("mscale") or entry.get("mscale_all_dim"):
-            raise UserError(f"partial_rotary_factor, mscale and mscale_all_dim of {name} are not supported")
+        for key, neutral in (("partial_rotary_factor", 1.0), ("mscale", 0), ("mscale_all_dim", 0)):
+            if (entry.get(key) or neutral) != neutral:
+                raise UserError(f"{key}={entry[key]} in the RoPE parameters of {name} is not supported")
         if not entry.get("truncate", True):
             raise UserError(f"truncate=false in the RoPE parameters of {name} is not supported")
         entries[name] = {**entry, "rope_type": kind, "rope_theta": float(entry.get("rope_theta") or theta)}
@@ -107,7 +121,7 @@ def yarn_fields(entry: Mapping[str, Any], hf: Mapping[str, Any]) -> dict[str, An
         return {}
     original = entry.get("original_max_position_embeddings") or hf.get("max_position_embeddings")
     if not entry.get("factor") or not original:
-        raise UserError("yarn RoPE needs factor and original_max_position_embeddings in the model's config.json")
+        raise UserError("yarn RoPE needs factor and original_max_position_embeddings in config.json")
     return {
         "yarn_factor": float(entry["factor"]),
         "yarn_original_length": int(original),

@@ -31,7 +31,8 @@ def from_hf(hf: Mapping[str, Any], **dials: Any) -> DecoderConfig:
     entries = hf_config.rope_entries(hf, _THETA)
     full, sliding = entries["full_attention"], entries["sliding_attention"]
     if sliding is not None and sliding["rope_type"] != "default":
-        raise UserError(f"rope_type {sliding['rope_type']!r} on Olmo-3's sliding layers is not supported; use 'default'")
+        kind = sliding["rope_type"]
+        raise UserError(f"rope_type {kind!r} on Olmo-3's sliding layers is not supported; use 'default'")
     fields.update(
         rms_norm_eps=hf.get("rms_norm_eps", 1e-5),
         norm_position="post",

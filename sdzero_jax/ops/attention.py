@@ -43,7 +43,8 @@ def attention(
     softmax is float32. Returns [B, T, H, D] in q's dtype; a query that sees no key gets zeros.
     """
     if implementation in _PLANNED:
-        raise NotImplementedError(f"attention {implementation!r} is not there; {', '.join(IMPLEMENTATIONS)} are")
+        there = ", ".join(IMPLEMENTATIONS)
+        raise NotImplementedError(f"attention {implementation!r} is not there; {there} are")
     if implementation not in IMPLEMENTATIONS:
         raise UserError(
             f"unknown attention implementation {implementation!r}{nearest(implementation, IMPLEMENTATIONS)}"
@@ -70,7 +71,8 @@ def visible(
 ) -> jax.Array:
     """Boolean [B, T, S]: may the query at t look at the key at s."""
     distance = q_positions[:, :, None] - kv_positions[:, None, :]  # [B, T, S]
-    mask = (q_segments[:, :, None] == kv_segments[:, None, :]) & (kv_segments[:, None, :] != 0) & (distance >= 0)
+    same = (q_segments[:, :, None] == kv_segments[:, None, :]) & (kv_segments[:, None, :] != 0)
+    mask = same & (distance >= 0)
     return mask if window is None else mask & (distance < window)
 
 
@@ -81,7 +83,8 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _reference(q, k, v, q_positions, kv_positions, q_segments, kv_segments, window):
-    mask = visible(q_positions, kv_positions, q_segments, kv_segments, window)[:, None, None]  # [B, 1, 1, T, S]
+    mask = visible(q_positions, kv_positions, q_segments, kv_segments, window)
+    mask = mask[:, None, None]  # [B, 1, 1, T, S]
     scores = jnp.where(mask, _scores(q, k), _MASKED)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.where(mask, jnp.exp(scores - top), 0.0)

@@ -1,0 +1,91 @@
+"""The command line: bad input is one line and status 2, and nothing is written."""
+
+import json
+import os
+import pathlib
+
+import pytest
+
+import run
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Runs in an empty folder that sees the configs, so that anything written is noticed."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sdzero_jax.signals.install", lambda: None)
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("colect", "unknown subcommand 'colect'; did you mean 'collect'?"),
+        ("configs/dem.py", "did you mean 'configs/demo.py'?"),
+        ("srt configs/none.py", "no config file 'configs/none.py'"),
+        ("srt README.md", "no config file 'README.md'"),
+        ("configs/demo.py sed=1", "did you mean 'seed'?"),
+        ("sed=1", "did you mean 'seed'?"),
+        ("seed=x", "valid integer"),
+        ("configs/demo.py --forkk", "unrecognized arguments: --forkk"),
+        ("configs/demo.py mesh.fsdp=3", "does not fit"),
+        ("configs/demo.py mesh.data=0", "every axis must be at least 1"),
+        ("configs/demo.py model.vocab_size=21", "set model.vocab_size=20"),
+        ("configs/demo.py model.num_kv_heads=3", "nearest: 2"),
+        ("configs/demo.py task.name=chian", "did you mean 'chain'?"),
+        ("configs/demo.py distill.sampling.max_new_tokens=90", "distill.layout.max_response"),
+        ("configs/demo.py collect.sampling.top_p=0", "top_p"),
+        ("configs/demo.py evaluate.sampling.max_new_tokens=250", "max_new_tokens"),
+        ("srt configs/demo.py base.cache_dir=cache", "stage collect has not finished"),
+        ("report nowhere", "nowhere"),
+        ("report", "the following arguments are required: RUN"),
+        ("doctor configs/demo.py mesh.tensor=7", "does not fit"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(command, words, capsys, tmp_path):
+    status = run.main(command.split())
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if not line.startswith("== ")]
+    assert status == 2
+    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], err
+    assert sorted(os.listdir(tmp_path)) == ["configs"], "something was written"
+
+
+def test_help_lists_the_settings(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main(["distill", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "distill.optimizer.learning_rate=0.0004" in text and "where the teacher comes from" in text
+
+
+def test_a_run_directory_of_another_config_is_refused_with_the_difference(capsys, tmp_path):
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    from sdzero_jax import settings
+    from sdzero_jax.config import load_config
+
+    other = settings.flatten(load_config("configs/demo.py"))
+    assert other["seed"] == 0
+    import dataclasses
+
+    recorded = dataclasses.asdict(settings.override(load_config("configs/demo.py"), ["seed=5"]))
+    (tmp_path / "runs" / "demo" / "config.json").write_text(json.dumps(recorded))
+    assert run.main([]) == 2
+    err = capsys.readouterr().err
+    assert "seed: 5 -> 0" in err and "--fork" in err
+
+
+def test_another_process_in_the_run_directory_is_refused(capsys, tmp_path):
+    from sdzero_jax.locks import exclusive
+
+    with exclusive(tmp_path / "runs" / "demo"):
+        assert run.main(["base"]) == 2
+    assert "another process is running" in capsys.readouterr().err
+
+
+def test_doctor_shows_devices_and_memory(capsys):
+    assert run.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "jax 0.1" in text and "mesh" in text and "total" in text

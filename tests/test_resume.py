@@ -1,0 +1,105 @@
+"""Kill a run anywhere, start it again: the result is bit for bit that of an uninterrupted one.
+
+SDZERO_KILLS sets the number of kills (default 4), SDZERO_KILL_CONFIG the config (default the
+smoke one; configs/demo.py takes long).
+"""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = os.environ.get("SDZERO_KILL_CONFIG", "configs/smoke.py")
+KILLS = int(os.environ.get("SDZERO_KILLS", "4"))
+
+pytestmark = pytest.mark.slow
+
+
+def start(directory):
+    command = [
+        sys.executable, "run.py", CONFIG, f"run_dir={directory / 'run'}", f"base.cache_dir={directory / 'cache'}",
+    ]  # fmt: skip
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    log = open(directory / "log", "a")
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+
+
+def outcome(directory):
+    """Everything that must not depend on interruptions."""
+    summary = json.loads((directory / "run" / "summary.json").read_text())
+    del summary["seconds"]
+    files = {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted((directory / "run").rglob("*.jsonl"))
+    }
+    fingerprints = [
+        json.loads(next((path / "0").rglob("record/metadata")).read_text())["fingerprint"]
+        for path in sorted(directory.rglob("params"))
+        if (path / "0").is_dir()
+    ]
+    assert len(fingerprints) >= 3  # base, srt, at least one round
+    return summary, files, fingerprints
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole")
+    began = time.perf_counter()
+    assert start(directory).wait() == 0, (directory / "log").read_text()[-3000:]
+    return outcome(directory), time.perf_counter() - began
+
+
+def inside_a_save(directory):
+    """True while Orbax writes a temporary checkpoint folder."""
+    return any("tmp" in path.name for path in directory.rglob("*checkpoints/*"))
+
+
+def test_killed_runs_end_with_the_same_bits(uninterrupted, tmp_path):
+    wanted, seconds = uninterrupted
+    rng = random.Random(int(os.environ.get("SDZERO_KILL_SEED", "0")))
+    saves_hit = 0
+    for number in range(KILLS):
+        process = start(tmp_path)
+        if number % 2:  # every second kill waits for a save and hits it
+            deadline = time.perf_counter() + seconds
+            while not inside_a_save(tmp_path) and time.perf_counter() < deadline and process.poll() is None:
+                time.sleep(0.002)
+            saves_hit += inside_a_save(tmp_path)
+        else:
+            time.sleep(rng.uniform(0.1, 0.5) * seconds)
+        process.kill()
+        process.wait()
+    final = start(tmp_path)
+    assert final.wait() == 0, (tmp_path / "log").read_text()[-3000:]
+    print(f"{KILLS} kills, {saves_hit} inside a save")
+    assert outcome(tmp_path) == wanted
+
+
+def test_sigterm_saves_and_exits_143(uninterrupted, tmp_path):
+    process = start(tmp_path)
+    log = tmp_path / "log"
+    while "step/s" not in log.read_text() and process.poll() is None:
+        time.sleep(0.2)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+    assert "the same command goes on" in log.read_text()
+    assert start(tmp_path).wait() == 0
+    assert outcome(tmp_path) == uninterrupted[0]
+
+
+def test_a_finished_run_prints_its_table_again(uninterrupted, tmp_path_factory):
+    directory = next(path for path in tmp_path_factory.getbasetemp().iterdir() if path.name.startswith("whole"))
+    before = (directory / "log").stat().st_size
+    assert start(directory).wait() == 0
+    with open(directory / "log") as log:
+        log.seek(before)
+        again = log.read()
+    assert "sdzero" in again and "step/s" not in again

@@ -1,0 +1,109 @@
+"""Overrides, type checks, differences and help of the configuration."""
+
+import dataclasses
+
+import pytest
+
+from sdzero_jax import settings
+from sdzero_jax.config import Config, load_config, validate
+from sdzero_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def demo() -> Config:
+    return load_config("configs/demo.py")
+
+
+def test_overrides_reach_nested_fields_and_leave_the_rest(demo):
+    changed = settings.override(
+        demo,
+        ["seed=3", "srt.optimizer.learning_rate=1e-4", "srt.data.balance=false", "distill.objective.divergence=jsd(0.5)"],
+    )
+    assert changed.seed == 3
+    assert changed.srt.optimizer.learning_rate == 1e-4
+    assert changed.srt.data.balance is False
+    assert changed.distill.objective.divergence == "jsd(0.5)"
+    assert settings.differences(demo, changed) == [
+        "distill.objective.divergence: reverse_kl -> jsd(0.5)",
+        "seed: 0 -> 3",
+        "srt.data.balance: True -> False",
+        "srt.optimizer.learning_rate: 0.001 -> 0.0001",
+    ]
+    assert demo.seed == 0
+
+
+def test_a_list_is_spelled_as_json(demo):
+    changed = settings.override(demo, ['model.layer_pattern=["full","full"]'])
+    assert changed.model.layer_pattern == ("full", "full")
+
+
+@pytest.mark.parametrize(
+    "assignment, words",
+    [
+        ("sed=1", "unknown setting 'sed'; did you mean 'seed'?"),
+        ("srt.optimiser.beta1=0.9", "did you mean 'srt.optimizer'?"),
+        ("srt.optimizer.learning_rat=1", "did you mean 'srt.optimizer.learning_rate'?"),
+        ("seed=one", "seed=one: input should be a valid integer"),
+        ("seed=1.5", "seed=1.5: input should be a valid integer"),
+        ("srt.data.mode=both", "'joint' or 'two_stage'"),
+        ("srt.data.balance=perhaps", "valid boolean"),
+        ("srt=1", "'srt' is a group; set one of srt.epochs"),
+        ("seed.x=1", "seed is a single value"),
+        ("seed", "not of the form a.b=c"),
+    ],
+)
+def test_bad_overrides_name_what_came_and_what_was_wanted(demo, assignment, words):
+    with pytest.raises(UserError) as error:
+        settings.override(demo, [assignment])
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "assignment, words",
+    [
+        ("distill.rounds=0", "distill.rounds is 0; wanted at least 1"),
+        ("phrases=paper2", "did you mean 'paper'?"),
+        ("distill.objective.divergence=reverse_kk", "did you mean 'reverse_kl'"),
+        ("distill.sampling.max_new_tokens=31", "exceeds distill.layout.max_response=30"),
+        ("distill.teacher.schedule=sync_every", "sync_steps"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_runs(demo, assignment, words):
+    with pytest.raises(UserError) as error:
+        validate(settings.override(demo, [assignment]))
+    assert words in str(error.value)
+
+
+def test_a_config_file_with_a_wrong_type_is_refused(demo):
+    with pytest.raises(UserError, match=r"setting srt.epochs='4'"):
+        validate(dataclasses.replace(demo, srt=dataclasses.replace(demo.srt, epochs="4")))
+    with pytest.raises(UserError, match=r"setting srt.optimizer.learning_rate=None"):
+        optimizer = dataclasses.replace(demo.srt.optimizer, learning_rate=None)
+        validate(dataclasses.replace(demo, srt=dataclasses.replace(demo.srt, optimizer=optimizer)))
+
+
+def test_config_files_that_do_not_exist_or_fail_are_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"no config file 'configs/dem.py'; did you mean 'configs/demo.py'"):
+        load_config("configs/dem.py")
+    broken = tmp_path / "broken.py"
+    broken.write_text("def get_config():\n    return Confi()\n")
+    with pytest.raises(UserError, match="NameError"):
+        load_config(str(broken))
+    broken.write_text("def get_config():\n    return 3\n")
+    with pytest.raises(UserError, match="returned int, wanted Config"):
+        load_config(str(broken))
+
+
+def test_help_lists_every_field_with_default_and_meaning(demo):
+    lines = settings.describe(demo)
+    assert len(lines) == len(settings.flatten(demo))
+    text = "\n".join(lines)
+    assert "srt.epochs=4\n        passes over the (balanced) traces" in text
+    assert "[frozen | ema | sync_every | live]" in text
+    assert not [line for line in lines if line.endswith("        ")], "a field without a meaning"
+
+
+def test_hashes_follow_values_only(demo):
+    same = load_config("configs/demo.py")
+    assert settings.digest(demo) == settings.digest(same)
+    assert settings.digest(demo) != settings.digest(settings.override(demo, ["seed=1"]))
