@@ -222,8 +222,8 @@ def _add_outer(dw: jax.Array, dz: jax.Array, h: jax.Array) -> jax.Array:
         return jax.lax.dot_general(dz, h, (((0,), (0,)), ((), ())), preferred_element_type=dw.dtype)
 
     depth = h.shape[1]
-    wanted = -(-dw.size * dw.dtype.itemsize // MAX_PRODUCT_BYTES)
-    strips = next(k for k in range(max(wanted, 1), depth + 1) if depth % k == 0) if wanted < depth else 1
+    wanted = max(1, -(-dw.size * dw.dtype.itemsize // MAX_PRODUCT_BYTES))
+    strips = next((k for k in range(wanted, min(4 * wanted, depth) + 1) if depth % k == 0), 1)
     if strips == 1:
         return dw + product(h)
     width = depth // strips

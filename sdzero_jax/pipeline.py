@@ -44,6 +44,9 @@ from sdzero_jax.train import Hooks, fit
 from sdzero_jax.train_step import init_state, make_train_step, synchronise
 
 
+# Settings that say where files lie: they may change from one call to the next.
+PLACES = ("run_dir", "base.cache_dir")
+
 # The stage that each one needs, and with it everything before.
 BEFORE: dict[str, str | None] = {
     "base": None,
@@ -66,6 +69,7 @@ class Run:
     def __enter__(self) -> "Run":
         self.lock(self.directory)
         write_json_atomic(self.directory / "config.json", json.loads(json.dumps(dataclasses.asdict(self.config))))
+        _cache_programs(pathlib.Path(self.config.base.cache_dir) / "programs")
         return self
 
     def __exit__(self, *exception) -> None:
@@ -134,7 +138,8 @@ class Run:
         """Hash of everything a stage's result depends on."""
         config = self.config
         if stage == "base":
-            return settings.digest(config.model, config.task, config.base, config.seed)
+            base = dataclasses.replace(config.base, cache_dir="")  # where it lies does not change it
+            return settings.digest(config.model, config.task, base, config.seed)
         own = {
             "collect": (config.collect, config.phrases),
             "srt": (config.srt,),
@@ -168,6 +173,13 @@ class Run:
                 f"stage {stage} has not finished in {self.directory}; run it first, or the whole pipeline"
             )
         return result
+
+
+def _cache_programs(directory: pathlib.Path) -> None:
+    """Keeps compiled programs on disk, so that a run that goes on does not compile again."""
+    if jax.config.jax_compilation_cache_dir is None:  # else the user's own choice stands
+        jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def run_stage(run: Run, stage: str) -> dict[str, Any]:
@@ -512,7 +524,7 @@ def open_run(config: Config, stage: str | None = None, fork: bool = False) -> Ru
         Run(config).need(BEFORE[stage])
     if recorded.exists():
         old = read_json(recorded)
-        changed = settings.differences(old, dataclasses.asdict(config))
+        changed = settings.differences(old, dataclasses.asdict(config), ignore=PLACES)
         if changed and not fork:
             shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
             raise UserError(

@@ -95,10 +95,10 @@ def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def differences(old: Any, new: Any) -> list[str]:
-    """Lines "a.b: old -> new" for every setting that differs."""
+def differences(old: Any, new: Any, ignore: Sequence[str] = ()) -> list[str]:
+    """Lines "a.b: old -> new" for every setting that differs, but for those in `ignore`."""
     old, new = flatten(old), flatten(new)
-    names = sorted(old.keys() | new.keys())
+    names = sorted((old.keys() | new.keys()) - set(ignore))
     absent = "(absent)"
     return [
         f"{name}: {old.get(name, absent)} -> {new.get(name, absent)}"

@@ -32,7 +32,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 def state_shardings(model: LanguageModel, optimizer: optax.GradientTransformation, mesh, has_teacher: bool):
     """A TrainState of NamedShardings: moments and teacher lie as the parameters do, scalars everywhere."""
-    params = sharding.shardings_for(mesh, model.param_axes())
+    params = sharding.shardings_for(mesh, model.param_axes(), model.param_shapes())
     everywhere = sharding.replicated(mesh)
     shapes = jax.eval_shape(optimizer.init, model.param_shapes())
     opt_state = optax.tree.map_params(

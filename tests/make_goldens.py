@@ -63,7 +63,7 @@ def qwen3_untied() -> Qwen3ForCausalLM:
 
 
 def olmo3() -> Olmo3ForCausalLM:
-    """Two groups of three sliding layers and a full one; sequences far beyond window and YaRN's original length."""
+    """Two groups of three sliding layers and a full one; sequences beyond window and YaRN's original."""
     return Olmo3ForCausalLM(
         Olmo3Config(
             vocab_size=61,

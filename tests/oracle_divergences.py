@@ -87,9 +87,7 @@ VARIANTS = {
     "jsd(0.5)": lambda s, t: jsd(s, t, 0.5),
     "jsd(0.1)": lambda s, t: jsd(s, t, 0.1),
     "topk(5)": lambda s, t: topk_renormalise(s, t, 5, "teacher", reverse_kl),
-    "topk(5, support=student, divergence=forward_kl)": lambda s, t: topk_renormalise(
-        s, t, 5, "student", forward_kl
-    ),
+    "topk(5, support=student, divergence=forward_kl)": lambda s, t: topk_renormalise(s, t, 5, "student", forward_kl),
     "topk(5, divergence=mixed_kl(0.5))": lambda s, t: topk_renormalise(
         s, t, 5, "teacher", lambda a, b: mixed_kl(a, b, 0.5)
     ),
@@ -98,9 +96,7 @@ VARIANTS = {
         s, t, 5, "teacher", lambda a, b: jsd(a, b, 0.3)
     ),
     "topk(5, tail=zero_outside)": lambda s, t: topk_zero_outside(s, t, 5, "teacher", 0.0),
-    "topk(5, tail=zero_outside, divergence=mixed_kl(0.5))": lambda s, t: topk_zero_outside(
-        s, t, 5, "teacher", 0.5
-    ),
+    "topk(5, tail=zero_outside, divergence=mixed_kl(0.5))": lambda s, t: topk_zero_outside(s, t, 5, "teacher", 0.5),
     "topk(5, tail=zero_outside, divergence=jsd(0.4))": lambda s, t: zero_outside_jsd(s, t, 5, "teacher", 0.4),
     "pointwise_clip(0.05)": lambda s, t: pointwise_clip(s, t, 0.05, True),
     "pointwise_clip(0.05, divergence=reverse_kl)": lambda s, t: pointwise_clip(s, t, 0.05, False),
@@ -118,4 +114,3 @@ def logit_gradient(function, student_logits, teacher_logits, step=1e-5):
         down[..., v] -= step
         out[..., v] = (function(log_softmax(up), t) - function(log_softmax(down), t)) / (2 * step)
     return np.where(np.isfinite(z), out, 0.0)
-

@@ -126,9 +126,10 @@ def test_chunked_never_holds_all_scores_not_even_backward():
 
 def test_auto_takes_chunked_when_the_scores_are_many(monkeypatch):
     qkv, where = inputs()
-    trace = lambda name: str(
-        jax.make_jaxpr(functools.partial(ops.attention, **where, implementation=name))(*qkv)
-    )  # noqa: E731
+
+    def trace(name):
+        return str(jax.make_jaxpr(functools.partial(ops.attention, **where, implementation=name))(*qkv))
+
     assert trace("auto") == trace("reference") != trace("chunked")
     monkeypatch.setattr(ops, "_AUTO_CHUNKED_SCORES", 100)
     assert trace("auto") == trace("chunked")

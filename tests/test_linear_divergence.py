@@ -12,6 +12,7 @@ import numpy as np
 import oracle_divergences as oracle
 import pytest
 
+from kernels import linear_divergence_chunked
 from sdzero_jax import losses, ops
 from sdzero_jax.errors import UserError
 from sdzero_jax.ops.linear_divergence import default_tile
@@ -47,23 +48,22 @@ def _relative(got, want):
     return np.abs(got - want).max() / max(np.abs(want).max(), 1e-30)
 
 
-def _loss_form(inputs, **settings):
-    h, w, ht, wt, ids, weights = inputs
+# All inputs are arguments of the jitted function: the compiler folds constants with other roundings.
 
-    def loss(h, w):
+
+def _loss_form(inputs, **settings):
+    def loss(h, w, ht, wt, ids, weights):
         return ops.linear_divergence_loss(h, w, ht, wt, weights, ids=ids, **settings)
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(h, w)
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*inputs)
 
 
 def _token_form(inputs, **settings):
-    h, w, ht, wt, ids, weights = inputs
-
-    def loss(h, w):
+    def loss(h, w, ht, wt, ids, weights):
         out = ops.linear_divergence(h, w, ht, wt, ids=ids, **settings)
         return jnp.sum(weights * out.value), out
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(h, w)
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*inputs)
 
 
 FORMS = {"loss": _loss_form, "token": _token_form}
@@ -95,18 +95,17 @@ def test_every_tile_and_the_reference_give_the_same(form, settings):
     assert _relative(gradients[0], dh) < 1e-5 and _relative(gradients[1], dw) < 1e-5
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("divergence", ["topk(5, tail=zero_outside)", "pointwise_clip(0.05)", "sampled_token"])
-def test_the_rest_of_the_registry_equals_the_reference(form, divergence):
+def test_the_rest_of_the_registry_equals_the_reference(divergence):
     inputs = _inputs()
-    want = FORMS[form](inputs, divergence=divergence, implementation="reference")
-    got = FORMS[form](inputs, divergence=divergence, tile=8)
+    want = _loss_form(inputs, divergence=divergence, implementation="reference")
+    got = _loss_form(inputs, divergence=divergence, tile=8)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         assert _relative(a, b) < 1e-5
 
 
 def test_sampled_token_by_tiles_is_the_formula():
-    h, w, ht, wt, ids, weights = _inputs()
+    h, w, _, _, ids, weights = _inputs()
     (total, out), (dh, _) = _loss_form(_inputs(), divergence="sampled_token", tile=8)
     a = out.logp_teacher - out.logp_student
     np.testing.assert_allclose(total, jnp.sum(-weights * a * out.logp_student), rtol=1e-5)
@@ -133,8 +132,16 @@ def test_gradient_of_a_bfloat16_unembedding_is_accumulated_in_float32():
     assert _relative(many, np.asarray(few.astype(jnp.float32))) < 2**-7
 
 
+def test_strips_of_the_unembedding_gradient_change_nothing(monkeypatch):
+    inputs = _inputs()
+    _, _, dw = _oracle("reverse_kl", *inputs)
+    for size in (V * D * 4 // 3, 1):  # 4 strips of 4 columns; 16 of one
+        monkeypatch.setattr(linear_divergence_chunked, "MAX_PRODUCT_BYTES", size)
+        assert _relative(_loss_form(inputs, tile=8)[1][1], dw) < 1e-5
+
+
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("n", [0, 1, 8, 9])
+@pytest.mark.parametrize("n", [0, 1, 9])
 def test_sizes_that_do_not_fill_a_tile(form, n):
     inputs = _inputs(n=n)
     (total, out), (dh, dw) = FORMS[form](inputs, tile=8)
@@ -150,7 +157,7 @@ def test_sizes_that_do_not_fill_a_tile(form, n):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tile", [None, 8])
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "mixed_kl(0.5)", "jsd(0.5)"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "mixed_kl(0.5)"])  # the mixture holds both KLs
 def test_student_equal_to_teacher_gives_exactly_zero(form, divergence, tile):
     h, w, _, _, ids, weights = _inputs(vocab=301)
     (total, out), gradients = FORMS[form]((h, w, h, w, ids, weights), divergence=divergence, tile=tile)
@@ -179,9 +186,9 @@ def _constant_factor(value, logp_student):
 def test_an_infinite_token_is_counted_and_has_no_gradient():
     h, w, ht, wt, ids, weights = _inputs()
 
-    def hole(s, t):  # the teacher rules out entry 3 in some rows
+    def hole(s, t):  # the bare formula, its gradient NaN where the teacher rules out entry 3
         some = (jnp.argmax(s, -1) % 4 == 0)[:, None]
-        return losses.reverse_kl(s, jnp.where(some & (jnp.arange(V) == 3), -jnp.inf, t))
+        return jnp.sum(jnp.exp(s) * (s - jnp.where(some & (jnp.arange(V) == 3), -jnp.inf, t)), axis=-1)
 
     weights = jnp.ones(N)
     (total, out), gradients = _loss_form((h, w, ht, wt, ids, weights), divergence=hole, tile=8)
@@ -246,7 +253,7 @@ def test_token_transform_that_closes_over_tokens_is_refused_at_any_size():
 
 
 def test_the_cotangent_of_the_sum_scales_the_gradients():
-    h, w, ht, wt, ids, weights = _inputs()
+    h, w, ht, wt, _, weights = _inputs()
 
     def loss(h, scale):
         return scale * ops.linear_divergence_loss(h, w, ht, wt, weights, tile=8)[0]
@@ -276,7 +283,7 @@ def test_without_ids_there_are_no_log_probs():
 
 
 def test_a_trust_region_teacher_is_a_concatenation():
-    h, w, ht, wt, ids, weights = _inputs()
+    h, w, ht, wt, ids, _ = _inputs()
     u = 0.3
     joint_h, joint_w = jnp.concatenate([(1 - u) * ht, u * h], 1), jnp.concatenate([wt, w], 1)
     out = ops.linear_divergence(h, w, joint_h, joint_w, ids=ids, tile=8)

@@ -299,3 +299,56 @@ def test_a_nan_gradient_changes_nothing_and_is_counted():
     state, metrics = step(state, batch_of())
     assert float(metrics["nonfinite"][0]) == 1.0
     jax.tree.map(np.testing.assert_array_equal, host(state.params), before)
+
+
+def test_srt_lowers_the_loss_on_held_out_traces():
+    from sdzero_jax.methods import SRT_STAGES, SequenceSource, SrtData, srt_sequences
+    from sdzero_jax.tasks import TaskConfig, make_task
+
+    task = make_task(TaskConfig())
+    encode = task.tokenizer.encode
+    traces = []
+    for number, question in enumerate(task.questions("train", 60)):
+        solution = encode(task.demonstration(question))
+        wrong = number % 3 > 0
+        traces.append(
+            RevisionTrace(
+                question_id=question.id, sample_index=0, prompt_ids=tuple(task.tokenizer.encode_prompt(question.prompt)),
+                init_ids=tuple(solution[:-1] + encode("0") if wrong else solution),
+                init_verdict=Verdict.of("wrong" if wrong else "correct"),
+                phrase_ids=tuple(encode("<wrong>" if wrong else "<ok>")),
+                revised_ids=(*solution, task.tokenizer.end_id), revised_verdict=Verdict.of("correct"),
+                revised_finish="stop",
+            )
+        )  # fmt: skip
+    data = SrtData(held_out=0.2, max_length=80)
+    training, held_out, counts = srt_sequences(traces, SRT_STAGES["joint"][0], data)
+    assert counts == {"traces": 48, "held_out": 12, "overlong": 0}
+    assert not {s.tokens for s in training} & {s.tokens for s in held_out}
+    model = LanguageModel(dataclasses.replace(CONFIG, vocab_size=task.tokenizer.vocab_size, initializer_range=0.02))
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=5e-3, warmup_fraction=0.0), 20)
+    loss_fn = functools.partial(objectives.cross_entropy, objectives.CrossEntropy(), model)
+    mesh = one_device_mesh()
+    state = init_state(model, jax.jit(model.init)(jax.random.key(0)), optimizer, mesh)
+    step = make_train_step(loss_fn, model, optimizer, mesh)
+    evaluate = jax.jit(lambda params: loss_fn(params, None, sequence_batch(held_out, 80))[0])
+    before = float(evaluate(state.params))
+    source = SequenceSource(training, 16, 80, seed=0)
+    for _ in range(20):
+        state, _ = step(state, source.next(None)[0])
+    assert float(evaluate(state.params)) < 0.8 * before
+
+
+def test_traces_are_balanced_and_two_stage_reads_wrong_ones_first():
+    from sdzero_jax.methods import SRT_STAGES, SrtData, srt_sequences
+
+    traces = [trace([7 + i], 1.0, [9, EOS]) for i in range(6)] + [trace([20 + i], 0.0, [9, EOS]) for i in range(2)]
+    data = SrtData(held_out=0.0, max_length=20)
+    joint, _, counts = srt_sequences(traces, SRT_STAGES["joint"][0], data)
+    assert counts["traces"] == 8 and len(joint) == 12
+    assert sum(31 in sequence.tokens for sequence in joint) == 6  # P_0, as often as P_1
+    generation, revision = SRT_STAGES["two_stage"]
+    first, _, _ = srt_sequences(traces, generation, data)
+    assert all(31 in sequence.tokens and set(sequence.weights) == {0.0, 1.0} for sequence in first)
+    second, _, _ = srt_sequences(traces, revision, data)
+    assert second[0].weights[-3:] == (0.0, 1.0, 1.0)

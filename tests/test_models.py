@@ -48,6 +48,19 @@ def full_logits(model, params, tokens, **kwargs):
     return model.unembed(params, apply(model, params, tokens, **kwargs)[0])
 
 
+@pytest.fixture
+def optimised():
+    """Asked for by tests that look at what the compiler made."""
+
+
+@pytest.fixture(autouse=True)
+def compile_fast(request):
+    """The other tests compile more than they compute: unoptimised code halves their time."""
+    jax.config.update("jax_disable_most_optimizations", "optimised" not in request.fixturenames)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def ids(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).integers(0, 40, shape))
 
@@ -359,6 +372,13 @@ def test_packed_segments_equal_separate_rows(build):
         start += n
 
 
+def test_positions_are_counted_in_every_run_of_segments():
+    # RoPE sees distances only, so hidden states cannot show this.
+    segments = jnp.array([[0, 0, 1, 1, 1, 2, 3, 3], [5, 5, 5, 5, 5, 5, 0, 0]])
+    want = [[0, 1, 0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 4, 5, 0, 1]]
+    np.testing.assert_array_equal(decoder._positions_in_runs(segments), want)
+
+
 @pytest.mark.parametrize("attention", ["reference", "chunked"])
 @pytest.mark.parametrize("pattern, sees", [(("full",), 16), (("sliding",), 5)])
 def test_causality_and_window_by_exactly_zero_gradients(pattern, sees, attention):
@@ -374,7 +394,7 @@ def test_causality_and_window_by_exactly_zero_gradients(pattern, sees, attention
         np.testing.assert_array_equal(touched, expected)
 
 
-def test_decoding_does_not_copy_the_cache():
+def test_decoding_does_not_copy_the_cache(optimised):
     model = tiny(num_layers=6)
     params = weights(model)
 
@@ -436,7 +456,8 @@ def test_dtypes():
     assert model.init_cache(1, 2, "float32").v.dtype == jnp.float32
 
 
-def test_remat_saves_memory_and_changes_nothing():
+@pytest.mark.slow
+def test_remat_saves_memory_and_changes_nothing(optimised):
     tokens = ids(1, 8, 65)
     memory, grads = {}, {}
     for remat in ("none", "dots", "full"):

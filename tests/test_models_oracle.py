@@ -54,8 +54,8 @@ def yarn(theta, **fields):
 
 QWEN = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=10,
             intermediate_size=28, rope_parameters=plain(1e4))  # fmt: skip
-OLMO = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2, intermediate_size=28,
-            sliding_window=7, max_position_embeddings=64,
+OLMO = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2,
+            intermediate_size=28, sliding_window=7, max_position_embeddings=64,
             rope_parameters={"full_attention": yarn(1e4), "sliding_attention": plain(1e4)})  # fmt: skip
 CASES = {
     "qwen3": ("qwen3", QWEN),
@@ -64,7 +64,8 @@ CASES = {
     "qwen3_yarn": ("qwen3", {**QWEN, "rope_parameters": yarn(5e6), "max_position_embeddings": 64}),
     "qwen3_late_sliding": (
         "qwen3",
-        {**QWEN, "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+        {**QWEN, "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 5,
+         "max_window_layers": 1},
     ),
     "qwen3_epsilon": ("qwen3", {**QWEN, "rms_norm_eps": 1e-2}),
     "olmo3": ("olmo3", OLMO),
@@ -114,8 +115,9 @@ def test_an_export_from_nothing_opens_in_transformers(kind, tmp_path):
     """config.json written by us (not copied) means the same to transformers."""
     import transformers
 
-    olmo = dict(norm_position="post", qk_norm="projection", layer_pattern=("sliding", "full"), sliding_window=6,
-                rope_theta_sliding=3e3, yarn_factor=4.0, yarn_original_length=16, head_dim=8)  # fmt: skip
+    olmo = dict(norm_position="post", qk_norm="projection", layer_pattern=("sliding", "full"),
+                sliding_window=6, rope_theta_sliding=3e3, yarn_factor=4.0, yarn_original_length=16,
+                head_dim=8)  # fmt: skip
     dials = olmo if kind == "olmo3" else dict(head_dim=6)
     config = DecoderConfig(vocab_size=53, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1,
                            intermediate_size=20, max_position=64, rope_theta=7e3, **dials)  # fmt: skip

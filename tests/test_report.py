@@ -111,7 +111,7 @@ def make_run(directory, seed=0):
         },
     )
     phases = {
-        "base": [{"step": s, "loss": 2.5 * np.exp(-s / 300), "held_out_loss": 2.5 * np.exp(-s / 310) + 0.05,
+        "base": [{"step": s, "loss": 2.5 * np.exp(-s / 300), "validation_loss": 2.5 * np.exp(-s / 310) + 0.05,
                   "keep_rate": min(1.0, s / 900), "learning_rate": 3e-3 * (1 - s / 1000)}
                  for s in range(10, 1001, 10)],
         "srt": training_rows(64, 0.45, 0.6, (24, 48), rng),
@@ -332,6 +332,7 @@ def test_series_leaves_out_what_cannot_be_drawn():
     rows = [{"step": 1, "entropy": 0.5}, {"step": 2, "entropy": float("nan")}, {"step": 3}, {"step": 4, "entropy": None},
             {"step": 5, "entropy": float("inf")}, {"step": 6, "entropy": 2}, {"entropy": 1.0}]  # fmt: skip
     steps, values = plots.series(rows, "entropy")
+    assert steps.tolist() == [1, 6] and values.tolist() == [0.5, 2.0]
     assert [panel[0] for panel in plots.present_panels(rows)] == ["Student entropy"]
 
 

@@ -32,19 +32,21 @@ DARK = Theme("#1a202b", "#e4e8ee", "#465062", "#7b879c", ("#6cb2f2", "#f2935a", 
 
 # (panel title, label of the y axis, metric names drawn in it); the first panel with data comes first.
 PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("Rollout accuracy", "share correct", ("reward",)),
+    ("Accuracy", "share correct", ("reward", "validation_accuracy")),
     ("Response length", "tokens", ("mean_tokens",)),
     ("Divergence of student and teacher", "nats per token", ("divergence",)),
     ("Student entropy", "nats per token", ("entropy",)),
     ("Sampler and trainer log-probs", "|Δ ln p|, nats", ("logprob_diff_mean", "logprob_diff_max")),
-    ("Loss", "loss", ("loss", "held_out_loss")),
+    ("Loss", "loss", ("loss", "validation_loss")),
     ("Keep rate", "share kept right", ("keep_rate",)),
     ("Gradient norm", "norm", ("grad_norm",)),
     ("Learning rate", "rate", ("learning_rate",)),
 )
 SERIES_LABELS = {
     "loss": "training",
-    "held_out_loss": "held out",
+    "validation_loss": "held out",
+    "reward": "rollouts",
+    "validation_accuracy": "validation",
     "logprob_diff_mean": "mean",
     "logprob_diff_max": "largest",
 }
@@ -145,7 +147,7 @@ def draw_curves(figure: Any, theme: Theme, rows: Rows, ends: Sequence[float] = (
         lowest = min(series(rows, name)[1].min() for name in names)
         if names[0].startswith("logprob_diff") and lowest > 0:
             axis.set_yscale("log")
-        elif title in ("Rollout accuracy", "Response length", "Keep rate"):
+        elif title in ("Accuracy", "Response length", "Keep rate"):
             # No axis that turns noise into a cliff: a share spans at least 0.2, a length at least 10%.
             _widen(axis, 0.2 if unit != "tokens" else 0.1 * float(np.mean(series(rows, names[0])[1])))
         axis.set(title=title, xlabel="optimiser step", ylabel=unit)

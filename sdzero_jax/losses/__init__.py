@@ -18,9 +18,9 @@ from sdzero_jax.losses.truncated import pointwise_clip, topk_divergence
 
 __all__ = [
     "DIVERGENCES",
+    "SAMPLE_MASKS",
     "Divergence",
     "KLEstimates",
-    "SAMPLE_MASKS",
     "clipped_policy_gradient",
     "forward_kl",
     "get_divergence",

@@ -114,7 +114,7 @@ def _log_ratios_to_mixture(s: jax.Array, t: jax.Array, beta: float) -> tuple[jax
     return jnp.minimum(gap, 0.0) - rise, jnp.minimum(-gap, 0.0) - rise
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _jsd(beta: float) -> Divergence:
     @jax.custom_jvp
     def value_of(s, t):
@@ -145,7 +145,7 @@ FULL = {
 
 
 def kl_parts(text: str) -> tuple[str, float]:
-    """"forward_kl" -> ("mixed_kl", 1.0), "reverse_kl" -> ("mixed_kl", 0.0), "jsd(0.3)" -> ("jsd", 0.3).
+    """Name and setting with the KLs as ends of mixed_kl: forward_kl -> ("mixed_kl", 1.0).
 
     For the variants that need the terms and not the sum. Raises UserError for other names.
     """

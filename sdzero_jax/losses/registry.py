@@ -24,7 +24,7 @@ DIVERGENCES: dict[str, tuple[Callable, tuple[str, ...]]] = {
 DEFAULTS = {"topk": {"k": 64}, "pointwise_clip": {"cap": 0.05}}  # settings that the functions require
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def get_divergence(text: str) -> Divergence:
     """The function (student_logp, teacher_logp) -> value that `text` names.
 

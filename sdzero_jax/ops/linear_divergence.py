@@ -114,9 +114,7 @@ def linear_divergence_loss(
     """
     implementation = _check(implementation, h_student, w_student, h_teacher, w_teacher, ids)
     tokens = Tokens(h_student, h_teacher, ids, token_weights, tuple(token_inputs))
-    settings = _settings(
-        tokens, w_student, _with_ids(divergence, ids), temperature, tile, vocab_size, token_transform
-    )
+    settings = _settings(tokens, w_student, _with_ids(divergence, ids), temperature, tile, vocab_size, token_transform)
     return _loss(implementation, settings, tokens, w_student, w_teacher)
 
 
