@@ -116,11 +116,17 @@ def save_params(directory: pathlib.Path, params, metadata: Mapping) -> None:
 
 def load_params(directory: pathlib.Path, abstract_params) -> tuple[Any, dict]:
     """Reads what `save_params` wrote; UserError when it is missing or damaged."""
-    checkpointer = Checkpointer(directory, CheckpointConfig(keep_latest=1))
-    restored = checkpointer.restore({"params": abstract_params})
-    checkpointer.close()
+    restored = None
+    if directory.is_dir():
+        checkpointer = Checkpointer(directory, CheckpointConfig(keep_latest=1))
+        restored = checkpointer.restore({"params": abstract_params})
+        checkpointer.close()
     if restored is None:
-        raise UserError(f"no readable parameters in {directory}; run the stage that writes them again")
+        stage = directory.parent
+        raise UserError(
+            f"no readable parameters in {directory}; remove {stage / 'done.json'} and run again: "
+            "the stage writes them anew from its last checkpoint"
+        )
     return restored[1]["params"], restored[3]
 
 

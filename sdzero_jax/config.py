@@ -137,6 +137,12 @@ def validate(config: Config) -> None:
             f"distill.sampling.max_new_tokens={config.distill.sampling.max_new_tokens} exceeds "
             f"distill.layout.max_response={config.distill.layout.max_response}; raise the latter"
         )
+    objective = config.distill.objective
+    if objective.importance_cap and objective.temperature != 1.0:
+        raise UserError(
+            f"distill.objective.importance_cap={objective.importance_cap} compares log-probs at temperature 1, "
+            f"but distill.objective.temperature={objective.temperature}; set one of them back"
+        )
     config.distill.teacher.validate()
     get_divergence(config.distill.objective.divergence)
 

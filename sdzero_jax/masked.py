@@ -5,7 +5,7 @@ multiplies and sums. Denominators are arguments, so that micro-batches, devices 
 hosts can share a global one.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +34,14 @@ def masked_mean(values: jax.Array, mask: jax.Array, denominator: jax.Array | Non
 def length_denominator(mask: jax.Array, mode: LengthMode) -> jax.Array:
     """What `token_weights` divides by: tokens for token_mean, rows with a token for seq_*, 1 for sum.
 
-    Sums over micro-batches, devices and hosts give the global denominator.
+    Sums over micro-batches, devices and hosts give the global denominator; mode sum needs none
+    (1 is not to be added up).
 
     Args:
       mask: [B, R], non-zero where a token counts.
     """
+    if mode not in get_args(LengthMode):
+        raise ValueError(f"unknown length mode {mode!r}")
     mask = (mask != 0).astype(jnp.float32)
     if mode == "sum":
         return jnp.float32(1.0)
@@ -60,6 +63,8 @@ def token_weights(
       denominator: global denominator; default `length_denominator(mask, mode)` of this batch.
       max_length: needed by seq_sum_over_max_length.
     """
+    if mode not in get_args(LengthMode):
+        raise ValueError(f"unknown length mode {mode!r}")
     mask = mask.astype(jnp.float32)
     if denominator is None:
         denominator = length_denominator(mask, mode)
@@ -71,6 +76,4 @@ def token_weights(
         if not max_length:
             raise ValueError("length mode seq_sum_over_max_length needs max_length > 0")
         weights = weights / max_length
-    elif mode not in ("sum", "token_mean", "seq_mean_token_sum"):
-        raise ValueError(f"unknown length mode {mode!r}")
     return weights

@@ -90,25 +90,27 @@ def self_distillation(config: SelfDistillation, model: LanguageModel, params, te
         token_inputs=(batch["logprobs"].reshape(-1),),
     )
     per_token = jax.tree.map(lambda leaf: leaf.reshape(mask.shape), per_token)
-    return loss, distillation_metrics(per_token, batch)
+    return loss, distillation_metrics(config, per_token, batch)
 
 
-def distillation_metrics(per_token: ops.PerToken, batch) -> Metrics:
+def distillation_metrics(config: SelfDistillation, per_token: ops.PerToken, batch) -> Metrics:
     """Monitors that cost no further product with the vocabulary.
 
-    logprob_diff is |ln S in the train step - ln S in the sampler|: it must stay near 0.
+    logprob_diff is |ln S in the train step - ln S in the sampler|: it must stay near 0. Both are
+    only comparable at temperature 1, so another temperature leaves it out (count 0).
     """
     mask = batch["mask"]
     tokens = jnp.sum(mask)
     log_ratio = per_token.logp_teacher - per_token.logp_student
     difference = jnp.where(mask > 0, jnp.abs(per_token.logp_student - batch["logprobs"]), 0.0)
+    comparable = jnp.float32(config.temperature == 1.0)
     rows = jnp.sum(jnp.any(mask > 0, axis=-1).astype(jnp.float32))
     return {
         "divergence": (masked.masked_sum(per_token.value, mask), tokens),
         "entropy": (masked.masked_sum(per_token.entropy, mask), tokens),
         "k3": (masked.masked_sum(jnp.exp(log_ratio) - 1.0 - log_ratio, mask), tokens),
-        "logprob_diff_mean": (jnp.sum(difference), tokens),
-        "logprob_diff_max": (jnp.max(difference), jnp.float32(1.0)),
+        "logprob_diff_mean": (jnp.sum(difference), tokens * comparable),
+        "logprob_diff_max": (jnp.max(difference), comparable),
         "trained_rows": (rows, jnp.float32(1.0)),
     }
 

@@ -239,7 +239,7 @@ def srt(run: Run, folder: pathlib.Path) -> dict[str, Any]:
         steps = max(config.epochs * len(training) // config.batch_size, 1)
         source = SequenceSource(training, config.batch_size, config.data.max_length, run.config.seed + number)
         hooks = held_out_hooks(run, held_out, config)
-        where = folder if len(stages) == 1 else folder / stage.name
+        where = folder if len(stages) == 1 else folder / f"round_{number + 1}"
         params = train_cross_entropy(run, f"srt {stage.name}", where, params, source, steps, config, hooks).params
     save_params(folder / "params", params, run.provenance)
     return {"counts": counts}

@@ -136,7 +136,7 @@ def make_run(directory, seed=0):
     examples[0]["tokens"][1] = "<script>"
     examples[0]["tokens"][2] = "\n"
     write_json_atomic(
-        directory / "evaluate" / "localisation.json", {"summary": located, "examples": examples}
+        directory / "localise" / "localisation.json", {"summary": located, "examples": examples}
     )
     return models, intervals, located
 
@@ -151,7 +151,7 @@ def sample(index, rng):
         "response": NASTY if index < 8 else "7*9=3*5=5+2=7+1=8#8",
         "reward": reward,
         "tokens": 24,
-        "revised": NASTY if index < 8 else "7*9=3*5=5+2=7+1=8#8",
+        "revised_response": NASTY if index < 8 else "7*9=3*5=5+2=7+1=8#8",
         "revised_reward": revised,
         "revised_tokens": 1024,
     }
@@ -275,13 +275,13 @@ def test_summary_markdown(report):
 
 
 def test_pairs_show_each_kind_once_filled(tmp_path):
-    rows = [{"reward": 1.0, "revised": "b", "revised_reward": 1.0, "question_id": i} for i in range(9)]
-    rows += [{"reward": 0.0, "revised": "b", "revised_reward": 1.0, "question_id": i} for i in range(10, 19)]
-    rows += [{"reward": None, "revised": "b", "revised_reward": None, "question_id": 99}]
+    rows = [{"reward": 1.0, "revised_response": "b", "revised_reward": 1.0, "question_id": i} for i in range(9)]
+    rows += [{"reward": 0.0, "revised_response": "b", "revised_reward": 1.0, "question_id": i} for i in range(10, 19)]
+    rows += [{"reward": None, "revised_response": "b", "revised_reward": None, "question_id": 99}]
     append_jsonl(tmp_path / "x.jsonl", rows)
     assert [row["question_id"] for row in run_data.sample_pairs(tmp_path / "x.jsonl")] == [10, 11, 12, 0]
     append_jsonl(
-        tmp_path / "plain.jsonl", [{"reward": 1, "revised": None, "question_id": i} for i in range(5)]
+        tmp_path / "plain.jsonl", [{"reward": 1, "revised_response": None, "question_id": i} for i in range(5)]
     )
     assert [row["question_id"] for row in run_data.sample_pairs(tmp_path / "plain.jsonl")] == [0, 1]
 

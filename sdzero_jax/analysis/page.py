@@ -385,9 +385,9 @@ def _pair(row: Mapping[str, Any]) -> str:
         f'<pre class="prompt">{_clip(row.get("prompt", ""))}</pre>'
     )
     text += _attempt(row.get("reward"), "first attempt", row.get("tokens"), row.get("response", ""))
-    if row.get("revised") is not None:
+    if row.get("revised_response") is not None:
         text += _attempt(
-            row.get("revised_reward"), "after revision", row.get("revised_tokens"), row["revised"]
+            row.get("revised_reward"), "after revision", row.get("revised_tokens"), row["revised_response"]
         )
     return text + "</div>"
 

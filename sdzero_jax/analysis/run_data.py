@@ -61,9 +61,9 @@ def load_run(run_dir: Path) -> RunData:
     evaluations = {
         path.stem: _optional(path)
         for path in sorted((run_dir / "evaluate").glob("*.json"))
-        if path.stem != "localisation"
+        if path.stem != "done"
     }
-    located = _optional(run_dir / "evaluate" / "localisation.json")
+    located = _optional(run_dir / "localise" / "localisation.json")
     phases = {phase: _rounds(run_dir, phase) for phase in PHASES}
     collect = _optional(run_dir / "collect" / "summary.json")
     if not (config or summary or evaluations or collect or any(phases.values())):
@@ -91,7 +91,7 @@ def sample_pairs(path: Path) -> list[dict[str, Any]]:
     plain: list[dict[str, Any]] = []
     for row in _json_lines(path):
         kind = (row.get("reward"), row.get("revised_reward"))
-        if row.get("revised") is None:
+        if row.get("revised_response") is None:
             plain = [*plain, row][:2]
         elif kind in found and len(found[kind]) < PAIRS_SHOWN[kind]:
             found[kind].append(row)
