@@ -6,6 +6,7 @@ Expected:  see docs/RESULTS.md; about 5 minutes, of which training the base take
 """
 
 from sdzero_jax.batches import DistillLayout
+from sdzero_jax.checkpoint import CheckpointConfig
 from sdzero_jax.config import BaseConfig, Config, DistillConfig, SrtConfig
 from sdzero_jax.collect import CollectConfig
 from sdzero_jax.evaluate import EvaluateConfig
@@ -39,6 +40,7 @@ def get_config() -> Config:
         sampler=SamplerConfig(slots=256, prompt_multiple=32),
         base=BaseConfig(
             optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_fraction=0.05),
+            checkpoint=CheckpointConfig(every=100, keep_best=0),
         ),
         collect=CollectConfig(questions=1024, chunk=256, sampling=two_solutions),
         srt=SrtConfig(

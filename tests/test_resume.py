@@ -54,8 +54,12 @@ def outcome(directory):
 def uninterrupted(tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole")
     began = time.perf_counter()
-    assert start(directory).wait() == 0, (directory / "log").read_text()[-3000:]
+    assert start(directory).wait() == 0, log_of(directory)[-3000:]
     return directory, outcome(directory), time.perf_counter() - began
+
+
+def log_of(directory):
+    return (directory / "log").read_text()
 
 
 def inside_a_save(directory):
@@ -66,33 +70,34 @@ def inside_a_save(directory):
 def test_killed_runs_end_with_the_same_bits(uninterrupted, tmp_path):
     _, wanted, seconds = uninterrupted
     rng = random.Random(int(os.environ.get("SDZERO_KILL_SEED", "0")))
-    saves_hit = 0
+    moments = []
     for number in range(KILLS):
         process = start(tmp_path)
         if number % 2:  # every second kill waits for a save and hits it
-            deadline = time.perf_counter() + seconds
-            while not inside_a_save(tmp_path) and time.perf_counter() < deadline and process.poll() is None:
+            while not inside_a_save(tmp_path) and process.poll() is None:
                 time.sleep(0.002)
-            saves_hit += inside_a_save(tmp_path)
         else:
-            time.sleep(rng.uniform(0.1, 0.5) * seconds)
+            time.sleep(rng.uniform(0.05, 0.25) * seconds)
+        assert process.poll() is None, f"the run ended before kill {number}: {log_of(tmp_path)}"
         process.kill()
         process.wait()
+        stage = log_of(tmp_path).rpartition("== ")[2].split()[0]
+        moments.append(f"{stage}{' (in a save)' if inside_a_save(tmp_path) else ''}")
     final = start(tmp_path)
-    assert final.wait() == 0, (tmp_path / "log").read_text()[-3000:]
-    print(f"{KILLS} kills, {saves_hit} inside a save")
+    assert final.wait() == 0, log_of(tmp_path)[-3000:]
+    print(f"killed in: {', '.join(moments)}")
+    assert "damaged" not in log_of(tmp_path)
     assert outcome(tmp_path) == wanted
 
 
 def test_sigterm_saves_and_exits_143(uninterrupted, tmp_path):
     process = start(tmp_path)
-    log = tmp_path / "log"
-    while "step/s" not in log.read_text() and process.poll() is None:
+    while "step/s" not in log_of(tmp_path) and process.poll() is None:
         time.sleep(0.2)
     time.sleep(1.0)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
-    assert "the same command goes on" in log.read_text()
+    assert "the same command goes on" in log_of(tmp_path)
     assert start(tmp_path).wait() == 0
     assert outcome(tmp_path) == uninterrupted[1]
 
