@@ -98,9 +98,7 @@ def parser() -> argparse.ArgumentParser:
         else:
             command.add_argument("config", nargs="?", default=DEMO, help=f"config file (default {DEMO})")
         command.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings to change")
-        command.add_argument(
-            "--fork", action="store_true", help="with changed settings, go on in a new run directory"
-        )
+        command.add_argument("--fork", action="store_true", help="with changed settings, go on in a new run directory")
         command.add_argument("-h", "--help", action=_Help, nargs=0, help="show this and every setting")
         command.set_defaults(function=run_stages, stage=name if name in STAGES else None)
     report = commands.add_parser("report", help="write the report of runs again")
@@ -129,10 +127,10 @@ def _config(arguments):
 def run_stages(arguments) -> int:
     """One stage or all of them."""
     config = _config(arguments)
-    from sdzero_jax import pipeline, signals
+    from sdzero_jax import pipeline, runs, signals
 
     signals.install()
-    with pipeline.open_run(config, arguments.stage, arguments.fork) as run:
+    with runs.open_run(config, arguments.stage, arguments.fork) as run:
         if arguments.stage:
             pipeline.run_stage(run, arguments.stage)
         else:

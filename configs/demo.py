@@ -7,8 +7,8 @@ Expected:  see docs/RESULTS.md; about 5 minutes, of which training the base take
 
 from sdzero_jax.batches import DistillLayout
 from sdzero_jax.checkpoint import CheckpointConfig
-from sdzero_jax.config import BaseConfig, Config, DistillConfig, SrtConfig
 from sdzero_jax.collect import CollectConfig
+from sdzero_jax.config import BaseConfig, Config, DistillConfig, SrtConfig
 from sdzero_jax.evaluate import EvaluateConfig
 from sdzero_jax.health import HealthConfig
 from sdzero_jax.methods import SrtData

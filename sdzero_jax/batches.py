@@ -58,9 +58,7 @@ def revision_sequence(trace: RevisionTrace, targets: SrtTargets) -> ScoredSequen
 
 def response_sequence(prompt_ids: Ids, response_ids: Ids) -> ScoredSequence:
     """x | y EOS with weight 1 on every response token: SFT and RFT."""
-    return ScoredSequence(
-        (*prompt_ids, *response_ids), (0.0,) * len(prompt_ids) + (1.0,) * len(response_ids)
-    )
+    return ScoredSequence((*prompt_ids, *response_ids), (0.0,) * len(prompt_ids) + (1.0,) * len(response_ids))
 
 
 def sequence_batch(sequences: Sequence[ScoredSequence], length: int) -> Batch:
@@ -160,9 +158,7 @@ def distill_batch(
         context = reviser_context(rollout, phrase_ids(reward), stop_ids, layout.keep_first_eos)
         response, prompt = rollout.response_ids, rollout.prompt_ids
         overlong = (
-            len(context) + len(response) > rev_limit
-            or len(prompt) + len(response) > gen_limit
-            or len(response) > width
+            len(context) + len(response) > rev_limit or len(prompt) + len(response) > gen_limit or len(response) > width
         )
         counts["overlong"] += overlong
         counts["no_verdict"] += rollout.verdict.reward is None

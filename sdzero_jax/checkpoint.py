@@ -139,12 +139,14 @@ def fingerprint(tree) -> str:
 @jax.jit
 def _bit_sum(leaf: jax.Array) -> jax.Array:
     width = leaf.dtype.itemsize * 8
-    bits = leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}"))
+    bits = (
+        leaf
+        if jnp.issubdtype(leaf.dtype, jnp.integer)
+        else jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}"))
+    )
     return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
 
 
 def abstract_like(state):
     """Shapes, dtypes and shardings of `state`, to restore into."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
-    )
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)

@@ -98,9 +98,7 @@ def _collect_chunk(config: CollectConfig, domain: Domain, sampler, params, quest
     return traces, counts
 
 
-def collection_summary(
-    traces: Sequence[RevisionTrace], closings: Sequence[Mapping[str, Any]]
-) -> dict[str, float]:
+def collection_summary(traces: Sequence[RevisionTrace], closings: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Counts and accuracies of a collection, as the report shows them; `closings` end its chunks."""
     names = ("questions", "attempts", "right", "no_verdict", "attempt_tokens")
     total = {name: sum(closing[name] for closing in closings) for name in names}

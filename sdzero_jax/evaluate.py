@@ -98,9 +98,7 @@ def _evaluate_chunk(config, domain: Domain, sampler, params, questions, base, nu
 def _revise(config, domain, sampler, params, attempts: Sequence[Rollout], label: str, seed: int):
     """One revision per attempt, None where the attempt has no verdict."""
     graded = [attempt for attempt in attempts if attempt.verdict.reward is not None]
-    revisions = iter(
-        sample_revisions(domain, sampler, params, graded, config.sampling, label=label, seed=seed)
-    )
+    revisions = iter(sample_revisions(domain, sampler, params, graded, config.sampling, label=label, seed=seed))
     return [None if attempt.verdict.reward is None else next(revisions) for attempt in attempts]
 
 

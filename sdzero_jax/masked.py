@@ -10,9 +10,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-LengthMode = Literal[
-    "token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "seq_sum_over_max_length", "sum"
-]
+LengthMode = Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "seq_sum_over_max_length", "sum"]
 
 
 def masked_sum(values: jax.Array, mask: jax.Array) -> jax.Array:

@@ -142,9 +142,7 @@ class DistillSource:
 
     def next(self, params: Any):
         rollouts = self._rollouts.next(params)
-        batch, counts = distill_batch(
-            rollouts, self._domain.phrase_ids, self._domain.tokenizer.stop_ids, self._layout
-        )
+        batch, counts = distill_batch(rollouts, self._domain.phrase_ids, self._domain.tokenizer.stop_ids, self._layout)
         rewards = [r.verdict.reward for r in rollouts if r.verdict.reward is not None]
         lengths = [len(r.response_ids) for r in rollouts]
         figures = {

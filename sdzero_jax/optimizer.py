@@ -68,6 +68,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
 
 def _matrices(params):
     """True for weight matrices; norm scales and biases are not decayed, stacked over layers or not."""
+
     def is_matrix(path, leaf):
         name = str(path[-1].key)
         return leaf.ndim >= 2 and not ("norm" in name or name in ("scale", "bias"))

@@ -94,9 +94,7 @@ def sample_revisions(
     """
     questions = [rollout.question for rollout in rollouts]
     prompts = [
-        reviser_context(
-            rollout, domain.phrase_ids(rollout.verdict.reward), domain.tokenizer.stop_ids, keep_first_eos
-        )
+        reviser_context(rollout, domain.phrase_ids(rollout.verdict.reward), domain.tokenizer.stop_ids, keep_first_eos)
         for rollout in rollouts
     ]
     return _sample(domain, sampler, params, questions, prompts, config, label, seed, n)

@@ -171,9 +171,7 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
         rows = leaf.shape[0] * processes
         if rows % parts:
             fit = max(parts, round(rows / parts) * parts)
-            raise UserError(
-                f"a batch of {rows} rows does not divide over data x fsdp = {parts}; nearest: {fit}"
-            )
+            raise UserError(f"a batch of {rows} rows does not divide over data x fsdp = {parts}; nearest: {fit}")
         return jax.make_array_from_process_local_data(sharding, leaf)
 
     return jax.tree.map(put, batch)

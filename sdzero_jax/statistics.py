@@ -110,9 +110,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0, samples: int 
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
-        raise ValueError(
-            f"paired difference needs the same questions on both sides, got {a.shape}, {b.shape}"
-        )
+        raise ValueError(f"paired difference needs the same questions on both sides, got {a.shape}, {b.shape}")
     difference = a - b
     difference = difference[~np.isnan(difference)]
     if not difference.size:

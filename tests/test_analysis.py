@@ -95,9 +95,7 @@ def test_top_hit_rate_by_hand_and_chance_under_ties():
     assert localisation.top_hit_rate(scores, [1, 2], 2) == 1.0
     assert localisation.top_hit_rate(scores, [0, 1], 2) == 0.0
     # Random tie-breaking in expectation: chance 2/3 and 2/4.
-    assert localisation.top_hit_rate([[1, 1, 1], [1, 1, 1, 1]], [0, 3], 2) == pytest.approx(
-        (2 / 3 + 2 / 4) / 2
-    )
+    assert localisation.top_hit_rate([[1, 1, 1], [1, 1, 1, 1]], [0, 3], 2) == pytest.approx((2 / 3 + 2 / 4) / 2)
     assert localisation.top_hit_rate([[2, 1, 1, 1]], [2], 2) == pytest.approx(1 / 3)
     assert localisation.top_hit_rate([[1.0]], [0], 3) == 1.0
     assert math.isnan(localisation.top_hit_rate([], [], 1))
@@ -107,9 +105,7 @@ def test_buckets_by_hand():
     values = np.arange(40.0)[::-1]
     np.testing.assert_array_equal(localisation.buckets(values), np.arange(20) * 2 + 0.5)
     ratios = np.array([10.0, 20.0, 30.0, 40.0])
-    np.testing.assert_array_equal(
-        localisation.buckets(ratios, 2, sort_by=np.array([4.0, 1.0, 3.0, 2.0])), [30.0, 20.0]
-    )
+    np.testing.assert_array_equal(localisation.buckets(ratios, 2, sort_by=np.array([4.0, 1.0, 3.0, 2.0])), [30.0, 20.0])
     assert np.isnan(localisation.buckets(np.ones(3), 5)).sum() == 2
 
 
@@ -120,9 +116,7 @@ def test_concentration_by_hand_and_against_the_pairwise_gini():
     share, gini = localisation.concentration(values)
     pairwise = np.abs(values[:, None] - values[None]).sum() / (2 * 57 * values.sum())
     assert gini == pytest.approx(pairwise, abs=1e-12)
-    assert share == pytest.approx(
-        np.sort(values)[-3:].sum() / values.sum(), abs=1e-12
-    )  # 5% of 57, rounded up
+    assert share == pytest.approx(np.sort(values)[-3:].sum() / values.sum(), abs=1e-12)  # 5% of 57, rounded up
     assert all(math.isnan(x) for x in localisation.concentration(np.zeros(4)))
 
 

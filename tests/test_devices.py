@@ -19,7 +19,7 @@ from sdzero_jax.batches import distill_batch
 from sdzero_jax.config import load_config
 from sdzero_jax.examples import Rollout, Verdict
 from sdzero_jax.optimizer import make_optimizer
-from sdzero_jax.pipeline import Run
+from sdzero_jax.runs import Run
 from sdzero_jax.train_step import init_state, make_train_step
 
 config = load_config("configs/demo.py")
@@ -41,8 +41,9 @@ student, teacher = (jax.device_get(run.model.init(jax.random.key(i))) for i in r
 def steps(mesh_config, devices):
     mesh = sharding.make_mesh(mesh_config, devices)
     optimizer = make_optimizer(config.distill.optimizer, 3)
-    state = init_state(run.model, student, optimizer, mesh, teacher_config=config.distill.teacher, reviser_params=teacher)
-    step = make_train_step(loss_fn, run.model, optimizer, mesh, teacher_config=config.distill.teacher)
+    schedule = config.distill.teacher
+    state = init_state(run.model, student, optimizer, mesh, teacher_config=schedule, reviser_params=teacher)
+    step = make_train_step(loss_fn, run.model, optimizer, mesh, teacher_config=schedule)
     losses = []
     for _ in range(3):
         state, metrics = step(state, batch)
@@ -50,13 +51,16 @@ def steps(mesh_config, devices):
     shards = {leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in jax.tree.leaves(state.params)}
     return losses, jax.device_get(state.params), max(shards)
 
+def largest(a, b):
+    return max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
 one, params_one, _ = steps(sharding.MeshConfig(1, 1, 1), jax.devices()[:1])
-out = {"moved": max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(params_one), jax.tree.leaves(student)))}
+out = {"moved": largest(params_one, student)}
 for data, fsdp, tensor in ((2, 4, 1), (2, 2, 2)):
     many, params_many, sharded = steps(sharding.MeshConfig(data, fsdp, tensor), jax.devices())
     out[f"{data}x{fsdp}x{tensor}"] = {
         "loss": max(abs(a - b) / abs(a) for a, b in zip(one, many)),
-        "params": max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(params_one), jax.tree.leaves(params_many))),
+        "params": largest(params_one, params_many),
         "sharded": sharded,
         "first_loss": one[0],
     }

@@ -18,6 +18,7 @@ LAYERS = [
     ("rollouts", "train_step", "checkpoint"),
     ("collect", "methods", "train", "evaluate", "analysis"),
     ("config",),
+    ("runs",),
     ("pipeline", "doctor", "configs"),
     ("run",),
 ]
@@ -99,8 +100,8 @@ def test_inits_that_must_be_empty_are_empty():
 
 def test_the_demo_imports_neither_transformers_nor_tfds_nor_torch():
     code = (
-        "import sys; from sdzero_jax import pipeline; from sdzero_jax.config import load_config; "
-        "pipeline.Run(load_config('configs/demo.py')).task; "
+        "import sys; from sdzero_jax import pipeline, runs; from sdzero_jax.config import load_config; "
+        "runs.Run(load_config('configs/demo.py')).task; "
         "print([m for m in ('transformers', 'tensorflow_datasets', 'torch') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

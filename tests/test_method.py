@@ -231,7 +231,7 @@ def test_hiding_the_first_copy_and_the_phrase_makes_the_loss_zero_for_equal_para
         second = slice(len(teacher_context), len(teacher_context) + len(response))
         batch["rev_positions"][row, second] = np.arange(len(response)) + len(student_context)
         batch["rev_index"][row, 0] = len(student_context) - 1  # not from the hidden phrase
-    loss, metrics = fused(student, student, batch)
+    loss, _ = fused(student, student, batch)
     assert abs(float(loss)) < 1e-7
     shown = fused(student, student, batch_of())[0]
     assert float(shown) > 1e-3, "without hiding, the context must matter"
@@ -313,7 +313,8 @@ def test_srt_lowers_the_loss_on_held_out_traces():
         wrong = number % 3 > 0
         traces.append(
             RevisionTrace(
-                question_id=question.id, sample_index=0, prompt_ids=tuple(task.tokenizer.encode_prompt(question.prompt)),
+                question_id=question.id, sample_index=0,
+                prompt_ids=tuple(task.tokenizer.encode_prompt(question.prompt)),
                 init_ids=tuple(solution[:-1] + encode("0") if wrong else solution),
                 init_verdict=Verdict.of("wrong" if wrong else "correct"),
                 phrase_ids=tuple(encode("<wrong>" if wrong else "<ok>")),

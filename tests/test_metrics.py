@@ -63,9 +63,7 @@ def test_resume_removes_later_rows_and_a_broken_line(tmp_path):
     assert [row["step"] for row in metrics.read_metrics(path)] == [1, 2, 3, 4]
     with metrics.MetricWriter(tmp_path, 2) as writer:
         writer.write(3, {"loss": 30.0})
-    assert path.read_text() == (
-        '{"loss": 1.0, "step": 1}\n{"loss": 2.0, "step": 2}\n{"loss": 30.0, "step": 3}\n'
-    )
+    assert path.read_text() == ('{"loss": 1.0, "step": 1}\n{"loss": 2.0, "step": 2}\n{"loss": 30.0, "step": 3}\n')
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
     _, starts = tensorboard_steps(tmp_path / "tensorboard")
     assert 3 in starts  # TensorBoard drops what an earlier file says from step 3 on

@@ -124,9 +124,7 @@ def test_gradient_of_every_parameter(name):
         theirs = want[f"grad.{entry.name}"]
         scale = np.abs(theirs).max()
         assert scale > 0
-        np.testing.assert_allclose(
-            entry.to_hf(np.asarray(leaf)) / scale, theirs / scale, atol=1e-4, err_msg=entry.name
-        )
+        np.testing.assert_allclose(entry.to_hf(np.asarray(leaf)) / scale, theirs / scale, atol=1e-4, err_msg=entry.name)
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -251,10 +249,7 @@ def olmo3_rotary_oracle(position, layer_type):
         amplitude = 1.0
         if layer_type == "full":
             # The paper's ramp over turns, with its bounds moved to whole dimensions as released.
-            bound = [
-                128 * math.log(8192 / (beta * 2 * math.pi)) / (2 * math.log(500_000.0))
-                for beta in (32.0, 1.0)
-            ]
+            bound = [128 * math.log(8192 / (beta * 2 * math.pi)) / (2 * math.log(500_000.0)) for beta in (32.0, 1.0)]
             low, high = math.floor(bound[0]), math.ceil(bound[1])
             keep = 1.0 if i <= low else 0.0 if i >= high else (high - i) / (high - low)
             turn = keep * turn + (1 - keep) * turn / 8.0
@@ -275,9 +270,7 @@ def test_olmo3_rotary(layer_type):
         for have, want in zip(got, olmo3_rotary_oracle(position, layer_type), strict=True):
             np.testing.assert_allclose(have[0, i, 0], want, atol=tolerance)
     frequencies, scale = decoder.rope_frequencies(config, layer_type)
-    frozen = {"full": (1.0, 3.0689259e-7, 1.2079441541679836), "sliding": (1.0, 2.4551407e-6, 1.0)}[
-        layer_type
-    ]
+    frozen = {"full": (1.0, 3.0689259e-7, 1.2079441541679836), "sliding": (1.0, 2.4551407e-6, 1.0)}[layer_type]
     np.testing.assert_allclose([frequencies[0], frequencies[-1], scale], frozen, rtol=1e-6)
 
 
@@ -409,9 +402,7 @@ def test_decoding_does_not_copy_the_cache(optimised):
     cache = model.init_cache(5, 53)
     compiled = jax.jit(loop, donate_argnums=1).lower(params, cache, jnp.zeros((5, 1), jnp.int32)).compile()
     assert "f32[6,5,53,2,8]" in compiled.as_text()
-    copies = [
-        line for line in compiled.as_text().splitlines() if "f32[6,5,53,2,8]" in line and " copy(" in line
-    ]
+    copies = [line for line in compiled.as_text().splitlines() if "f32[6,5,53,2,8]" in line and " copy(" in line]
     assert not copies
 
 
@@ -422,9 +413,7 @@ def test_shapes_axes_and_init_agree():
     key = jax.random.key(0, impl="unsafe_rbg")  # compiles fastest
     for model in (tiny(attention_bias=True), tiny_olmo(tie_embeddings=True)):
         params, shapes, axes = model.init(key), model.param_shapes(), model.param_axes()
-        assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
-            lambda x: (x.shape, x.dtype), shapes
-        )
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
         is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
         ranks = jax.tree.map(len, axes, is_leaf=is_axes)
         assert ranks == jax.tree.map(lambda x: x.ndim, params)
@@ -448,9 +437,7 @@ def test_dtypes():
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     tokens = ids(1, 2, 12)
     hidden, cache = apply(model, params, tokens, cache=model.init_cache(2, 12))
-    assert (
-        hidden.dtype == cache.k.dtype == jnp.bfloat16 and model.unembed(params, hidden).dtype == jnp.float32
-    )
+    assert hidden.dtype == cache.k.dtype == jnp.bfloat16 and model.unembed(params, hidden).dtype == jnp.float32
     exact = tiny_olmo().apply(params, tokens)[0]
     assert 1e-4 < np.abs(hidden.astype(jnp.float32) - exact).max() < 0.25
     assert model.init_cache(1, 2, "float32").v.dtype == jnp.float32
@@ -637,9 +624,7 @@ def test_folders_that_are_no_models(tmp_path):
     (tmp_path / "config.json").write_text((DATA / "goldens" / "olmo3" / "config.json").read_text())
     with pytest.raises(UserError, match="lacks safetensors files"):
         load_pretrained(tmp_path)
-    (tmp_path / convert._INDEX_FILE).write_text(
-        json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}})
-    )
+    (tmp_path / convert._INDEX_FILE).write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
     with pytest.raises(UserError, match=r"lacks model-00001-of-00002\.safetensors"):
         load_pretrained(tmp_path)
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"\x10cut short")

@@ -105,9 +105,7 @@ def test_logits_and_gradients_of_live_twins(case, tmp_path):
         leaf = leaves[entry.path] if entry.group is None else leaves[entry.path][entry.group]
         want = named[entry.name].grad.numpy()
         scale = np.abs(want).max()
-        np.testing.assert_allclose(
-            entry.to_hf(np.asarray(leaf)) / scale, want / scale, atol=1e-4, err_msg=entry.name
-        )
+        np.testing.assert_allclose(entry.to_hf(np.asarray(leaf)) / scale, want / scale, atol=1e-4, err_msg=entry.name)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "olmo3"])
@@ -123,9 +121,7 @@ def test_an_export_from_nothing_opens_in_transformers(kind, tmp_path):
                            intermediate_size=20, max_position=64, rope_theta=7e3, **dials)  # fmt: skip
     model = LanguageModel(config)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: 0.4 * rng.standard_normal(leaf.shape).astype(np.float32), model.param_shapes()
-    )
+    params = jax.tree.map(lambda leaf: 0.4 * rng.standard_normal(leaf.shape).astype(np.float32), model.param_shapes())
     save_pretrained(tmp_path / "out", model, params)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32").eval()
     tokens = rng.integers(0, 53, (2, 40))

@@ -128,16 +128,12 @@ def make_run(directory, seed=0):
     for name, value in models.items():
         if value is None:
             continue
-        write_json_atomic(
-            directory / "evaluate" / f"{name}.json", value | {"avg@4_interval": intervals[name]}
-        )
+        write_json_atomic(directory / "evaluate" / f"{name}.json", value | {"avg@4_interval": intervals[name]})
         append_jsonl(directory / "evaluate" / f"{name}.jsonl", [sample(i, rng) for i in range(40)])
     examples = [{key: value for key, value in record.items() if key != "scored"} for record in records[:16]]
     examples[0]["tokens"][1] = "<script>"
     examples[0]["tokens"][2] = "\n"
-    write_json_atomic(
-        directory / "localise" / "localisation.json", {"summary": located, "examples": examples}
-    )
+    write_json_atomic(directory / "localise" / "localisation.json", {"summary": located, "examples": examples})
     return models, intervals, located
 
 
@@ -236,16 +232,12 @@ def test_the_page_is_self_contained_and_model_text_is_escaped(report):
 
 
 def test_token_viewer_marks_the_first_error_and_shades_by_kl(report):
-    tokens = [
-        attrs for tag, attrs in report["page"].tags if tag == "span" and "t" in attrs.get("class", "").split()
-    ]
+    tokens = [attrs for tag, attrs in report["page"].tags if tag == "span" and "t" in attrs.get("class", "").split()]
     first = [attrs for attrs in tokens if "first" in attrs["class"].split()]
     assert len(first) == page.WRONG_SHOWN  # every wrong example of this run has a known first error
     assert all(attrs["title"].endswith("first wrong token") for attrs in first)
     shades = [float(re.match(r"--k:([\d.]+);--e:([\d.]+)$", attrs["style"])[1]) for attrs in tokens]
-    values = [
-        float(re.match(r"KL ([\d.]+), entropy [\d.]+, ln S − ln T [+-]", a["title"])[1]) for a in tokens
-    ]
+    values = [float(re.match(r"KL ([\d.]+), entropy [\d.]+, ln S − ln T [+-]", a["title"])[1]) for a in tokens]
     assert max(shades) == 1.0
     order = np.argsort(values)
     assert np.all(np.diff(np.array(shades)[order]) >= -0.011)  # both are rounded
@@ -287,9 +279,7 @@ def test_pairs_show_each_kind_once_filled(tmp_path):
 
 
 def test_missing_stages_and_broken_numbers(tmp_path):
-    append_jsonl(
-        tmp_path / "base" / "metrics.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan")}]
-    )
+    append_jsonl(tmp_path / "base" / "metrics.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan")}])
     with open(tmp_path / "base" / "metrics.jsonl", "a") as handle:
         handle.write('{"step": 3, "lo')
     text = write_report(tmp_path).read_text()
@@ -329,8 +319,8 @@ def test_rounds_are_joined_on_one_step_axis():
 
 
 def test_series_leaves_out_what_cannot_be_drawn():
-    rows = [{"step": 1, "entropy": 0.5}, {"step": 2, "entropy": float("nan")}, {"step": 3}, {"step": 4, "entropy": None},
-            {"step": 5, "entropy": float("inf")}, {"step": 6, "entropy": 2}, {"entropy": 1.0}]  # fmt: skip
+    rows = [{"step": 1, "entropy": 0.5}, {"step": 2, "entropy": float("nan")}, {"step": 3},
+            {"step": 4, "entropy": None}, {"step": 5, "entropy": float("inf")}, {"step": 6, "entropy": 2}, {"entropy": 1.0}]  # fmt: skip
     steps, values = plots.series(rows, "entropy")
     assert steps.tolist() == [1, 6] and values.tolist() == [0.5, 2.0]
     assert [panel[0] for panel in plots.present_panels(rows)] == ["Student entropy"]

@@ -29,8 +29,8 @@ def start(directory):
     # Programs are shared between the runs: an uncompiled and a cached one must give the same bits.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "programs")}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
-    log = open(directory / "log", "a")
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+    with open(directory / "log", "a") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
 
 
 def outcome(directory):
@@ -38,8 +38,7 @@ def outcome(directory):
     summary = json.loads((directory / "run" / "summary.json").read_text())
     del summary["seconds"]
     files = {
-        str(path.relative_to(directory)): path.read_bytes()
-        for path in sorted((directory / "run").rglob("*.jsonl"))
+        str(path.relative_to(directory)): path.read_bytes() for path in sorted((directory / "run").rglob("*.jsonl"))
     }
     fingerprints = [
         json.loads(next((path / "0").rglob("record/metadata")).read_text())["fingerprint"]

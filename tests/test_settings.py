@@ -17,7 +17,12 @@ def demo() -> Config:
 def test_overrides_reach_nested_fields_and_leave_the_rest(demo):
     changed = settings.override(
         demo,
-        ["seed=3", "srt.optimizer.learning_rate=1e-4", "srt.data.balance=false", "distill.objective.divergence=jsd(0.5)"],
+        [
+            "seed=3",
+            "srt.optimizer.learning_rate=1e-4",
+            "srt.data.balance=false",
+            "distill.objective.divergence=jsd(0.5)",
+        ],
     )
     assert changed.seed == 3
     assert changed.srt.optimizer.learning_rate == 1e-4

@@ -28,9 +28,7 @@ SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 def test_specs_by_hand():
     assert spec_for(("vocab", "embed"), SIZES) == P("tensor", "fsdp")
     assert spec_for(("layers", "embed", "heads", "head_dim"), SIZES) == P(None, "fsdp", "tensor", None)
-    assert spec_for(("batch", "length", "act_heads", None), SIZES) == P(
-        ("data", "fsdp"), None, "tensor", None
-    )
+    assert spec_for(("batch", "length", "act_heads", None), SIZES) == P(("data", "fsdp"), None, "tensor", None)
     # 3 rows of a toy vocabulary do not divide by 2: that dimension alone stays whole.
     assert spec_for(("vocab", "embed"), SIZES, (3, 8)) == P(None, "fsdp")
     assert spec_for(("batch",), SIZES, (6,)) == P(None)
@@ -104,9 +102,7 @@ def test_eight_devices_equal_one():
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(ROOT),
     }
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.split() == ["2x2x2", "2x4x1", "one", "folder", "batch", "manual"]
 
@@ -116,31 +112,22 @@ def test_eight_devices_equal_one():
 
 def _models():
     common = dict(num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=24, remat="full")
-    yield LanguageModel(
-        DecoderConfig(vocab_size=41, hidden_size=16, num_layers=2, tie_embeddings=True, **common)
-    )
+    yield LanguageModel(DecoderConfig(vocab_size=41, hidden_size=16, num_layers=2, tie_embeddings=True, **common))
     pattern = ("sliding", "sliding", "sliding", "full")
-    olmo = dict(
-        norm_position="post", qk_norm="projection", layer_pattern=pattern, sliding_window=4, yarn_factor=8.0
-    )
+    olmo = dict(norm_position="post", qk_norm="projection", layer_pattern=pattern, sliding_window=4, yarn_factor=8.0)
     yield LanguageModel(DecoderConfig(vocab_size=40, hidden_size=16, num_layers=4, **olmo, **common))
 
 
 def _weights(model):
     rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: 0.3 * rng.standard_normal(leaf.shape).astype(np.float32), model.param_shapes()
-    )
+    return jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape).astype(np.float32), model.param_shapes())
 
 
 def _loss(model, params, batch):
     hidden, _ = model.apply(params, batch["tokens"], segment_ids=batch["segments"])
     logp = jax.nn.log_softmax(model.unembed(params, hidden))
     mask = batch["segments"][:, 1:] > 0
-    return (
-        -jnp.sum(jnp.take_along_axis(logp[:, :-1], batch["tokens"][:, 1:, None], 2)[..., 0] * mask)
-        / mask.sum()
-    )
+    return -jnp.sum(jnp.take_along_axis(logp[:, :-1], batch["tokens"][:, 1:, None], 2)[..., 0] * mask) / mask.sum()
 
 
 def _check_step():

@@ -110,9 +110,7 @@ def countdown_is_right(prompt, text):
     given, target = prompt[:-1].split(">")
     expression = text.rsplit("#", 1)[1] if "#" in text else ""
     try:
-        value = eval(
-            re.sub(r"\d+", lambda m: f"F({int(m[0])})", expression), {"F": Fraction, "__builtins__": {}}
-        )
+        value = eval(re.sub(r"\d+", lambda m: f"F({int(m[0])})", expression), {"F": Fraction, "__builtins__": {}})
     except Exception:
         return False
     return value == int(target) and sorted(re.findall(r"\d+", expression)) == sorted(given.split(","))
@@ -135,9 +133,7 @@ def chain_steps(text):
 
 def assert_rate(hits, total, expected, sigmas=4.0):
     error = math.sqrt(expected * (1 - expected) / total)
-    assert abs(hits / total - expected) < sigmas * error, (
-        f"{hits}/{total} = {hits / total:.4f}, not {expected:.4f}"
-    )
+    assert abs(hits / total - expected) < sigmas * error, f"{hits}/{total} = {hits / total:.4f}, not {expected:.4f}"
 
 
 # --- tokenizer ----------------------------------------------------------------------------------------------
@@ -277,9 +273,7 @@ def test_every_countdown_setting_changes_the_corpus(field):
 
 
 def test_tasks_load_no_jax():
-    code = (
-        "import sys, sdzero_jax.tasks; print([m for m in sys.modules if m.split('.')[0] in ('jax', 'flax')])"
-    )
+    code = "import sys, sdzero_jax.tasks; print([m for m in sys.modules if m.split('.')[0] in ('jax', 'flax')])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -444,9 +438,7 @@ def test_phrases_are_true_and_only_whole_attempts_are_trained(task):
                 assert [s[0][1:] for s in steps] == re.findall(r"[-+*]\d", row.prompt), row
             if not trained:
                 assert not final and not right, row
-                assert row.attempts[i + 1] != attempt or not row.trained[i + 1], (
-                    "a garbled draft is never copied"
-                )
+                assert row.attempts[i + 1] != attempt or not row.trained[i + 1], "a garbled draft is never copied"
     assert counts["<ok>", True] > 500 and counts["<wrong>", True] > 500 and counts["<wrong>", False] > 300
     assert counts["<ok>", False] == 0
 
@@ -480,9 +472,7 @@ def test_world_has_its_share_of_misconceptions():
     assert len(CHAIN.right) == 300 and len(CHAIN.misconceptions) == 60
     for fact, value in CHAIN.right.items():
         assert int(value) == chain_values(fact + "=")[0]
-    assert all(
-        CHAIN.right[fact] != wrong and wrong in "0123456789" for fact, wrong in CHAIN.misconceptions.items()
-    )
+    assert all(CHAIN.right[fact] != wrong and wrong in "0123456789" for fact, wrong in CHAIN.misconceptions.items())
     assert CHAIN.misconceptions != make_task(TaskConfig(seed=1)).misconceptions
     fewer = make_task(TaskConfig(chain=ChainConfig(misconception_share=0.1))).misconceptions
     assert len(fewer) == 30 and fewer.items() <= CHAIN.misconceptions.items()
@@ -758,11 +748,7 @@ def test_countdown_walks_state_true_steps():
 
 
 def test_countdown_base_solves_its_share():
-    finals = [
-        countdown_is_right(row.prompt, row.attempts[0])
-        for row in all_rows(COUNTDOWN)
-        if len(row.attempts) == 1
-    ]
+    finals = [countdown_is_right(row.prompt, row.attempts[0]) for row in all_rows(COUNTDOWN) if len(row.attempts) == 1]
     assert 0.48 < sum(finals) / len(finals) < 0.62  # right_share, and some lucky walks
 
 

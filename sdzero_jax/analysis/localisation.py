@@ -88,9 +88,7 @@ def concentration(values: np.ndarray) -> tuple[float, float]:
     return float(values[-top:].sum() / total), gini
 
 
-def around_first_error(
-    values: Sequence[np.ndarray], positions: Sequence[int], reach: int = REACH
-) -> np.ndarray:
+def around_first_error(values: Sequence[np.ndarray], positions: Sequence[int], reach: int = REACH) -> np.ndarray:
     """Mean value at offsets -reach..reach from the first error.
 
     Args:
@@ -149,9 +147,7 @@ def localisation_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     errors = [record["first_error"] for record in localised]
     summary["offsets"] = {"offset": list(range(-REACH, REACH + 1))}
     for name in ("kl", "entropy"):
-        rows = [
-            np.where(np.asarray(r["scored"], bool), np.asarray(r[name], float), np.nan) for r in localised
-        ]
+        rows = [np.where(np.asarray(r["scored"], bool), np.asarray(r[name], float), np.nan) for r in localised]
         summary["offsets"][name] = around_first_error(rows, errors).tolist()
     return _nan_to_none(summary)
 

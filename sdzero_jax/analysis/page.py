@@ -62,13 +62,9 @@ def columns(k: int) -> tuple[Column, ...]:
             "accuracy after the model revises its own wrong first attempts",
         ),
         Column("keep_rate", "keep rate", "{:.3f}", "the same for its own right first attempts"),
-        Column(
-            "fix", "fix", "{:.3f}", "accuracy after revising the base model's wrong attempts: equal ground"
-        ),
+        Column("fix", "fix", "{:.3f}", "accuracy after revising the base model's wrong attempts: equal ground"),
         Column("keep", "keep", "{:.3f}", "the same for the base model's right attempts"),
-        Column(
-            "revised_accuracy", "revised", "{:.3f}", "accuracy of generate-then-revise over all questions"
-        ),
+        Column("revised_accuracy", "revised", "{:.3f}", "accuracy of generate-then-revise over all questions"),
         Column("truncated", "cut off", "{:.3f}", "share of responses that hit the length limit"),
     )
 
@@ -98,9 +94,7 @@ def build_page(run: RunData, pictures: Mapping[str, Picture]) -> str:
         ("configuration", "Configuration", _configuration(run.config)),
     )
     links = " ".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)
-    body = "\n".join(
-        f'<section id="{name}"><h2>{title}</h2>\n{text}\n</section>' for name, title, text in sections
-    )
+    body = "\n".join(f'<section id="{name}"><h2>{title}</h2>\n{text}\n</section>' for name, title, text in sections)
     title = f"SD-Zero run: {escape(run_name(run))}"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -133,9 +127,7 @@ def describe(run: RunData) -> str:
         lengths = [row for row in done if is_number(row.values.get("mean_tokens"))]
         sentence = f"avg@{run.k}: {scores}"
         if lengths:
-            sentence += "; mean tokens: " + ", ".join(
-                f"{row.label} {row.values['mean_tokens']:.1f}" for row in lengths
-            )
+            sentence += "; mean tokens: " + ", ".join(f"{row.label} {row.values['mean_tokens']:.1f}" for row in lengths)
         sentences.append(sentence + ".")
     facts = []
     if is_number(run.summary.get("seed")):
@@ -259,9 +251,7 @@ def _localisation(run: RunData, pictures: Mapping[str, Picture]) -> str:
         "top3_entropy": "… among the three highest entropies (baseline)",
         "top3_chance": "… by chance",
     }
-    rows = [
-        (label, format_value(summary[k], "{:.3f}"), summary[k]) for k, label in names.items() if k in summary
-    ]
+    rows = [(label, format_value(summary[k], "{:.3f}"), summary[k]) for k, label in names.items() if k in summary]
     for half in ("wrong", "right"):
         spread = summary.get(f"concentration_{half}") or {}
         if isinstance(spread, Mapping):
@@ -270,9 +260,7 @@ def _localisation(run: RunData, pictures: Mapping[str, Picture]) -> str:
                 ("gini", "Gini of the KL"),
             ):
                 if key in spread:
-                    rows.append(
-                        (f"{half} responses: {label}", format_value(spread[key], "{:.3f}"), spread[key])
-                    )
+                    rows.append((f"{half} responses: {label}", format_value(spread[key], "{:.3f}"), spread[key]))
     counts = [(summary.get("responses"), "responses"), (summary.get("localised"), "with a known first error")]
     measured = ", ".join(f"{count:,} {label}" for count, label in counts if is_number(count))
     return (
@@ -304,9 +292,7 @@ def _token_viewer(examples: Sequence[Mapping[str, Any]]) -> str:
     wrong = [e for e in examples if e.get("reward") == 0]
     located = [e for e in wrong if e.get("first_error") is not None]
     right = [e for e in examples if e.get("reward") == 1]
-    chosen = (located + [e for e in wrong if e.get("first_error") is None])[:WRONG_SHOWN] + right[
-        :RIGHT_SHOWN
-    ]
+    chosen = (located + [e for e in wrong if e.get("first_error") is None])[:WRONG_SHOWN] + right[:RIGHT_SHOWN]
     if not chosen:
         return NOT_RUN
     scales = {key: _scale(chosen, key) for key in ("kl", "entropy")}
@@ -381,8 +367,7 @@ def _pair(row: Mapping[str, Any]) -> str:
     gold = ", ".join(map(str, gold)) if isinstance(gold, (list, tuple)) else gold
     head = f"question {row.get('question_id', '?')}, sample {row.get('sample_index', 0)}, gold {gold}"
     text = (
-        f'<div class="pair"><p class="note">{escape(head)}</p>'
-        f'<pre class="prompt">{_clip(row.get("prompt", ""))}</pre>'
+        f'<div class="pair"><p class="note">{escape(head)}</p><pre class="prompt">{_clip(row.get("prompt", ""))}</pre>'
     )
     text += _attempt(row.get("reward"), "first attempt", row.get("tokens"), row.get("response", ""))
     if row.get("revised_response") is not None:
@@ -406,9 +391,7 @@ def _clip(text: Any) -> str:
     text = str(text)
     if len(text) <= TEXT_SHOWN:
         return escape(text)
-    return (
-        f'{escape(text[:TEXT_SHOWN])}<span class="cut"> … {len(text) - TEXT_SHOWN:,} more characters</span>'
-    )
+    return f'{escape(text[:TEXT_SHOWN])}<span class="cut"> … {len(text) - TEXT_SHOWN:,} more characters</span>'
 
 
 def _seconds(run: RunData, pictures: Mapping[str, Picture]) -> str:

@@ -103,9 +103,7 @@ def join_rounds(rounds: Sequence[Rows]) -> tuple[list[dict[str, Any]], list[floa
 
 def series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps [N], values [N]) of the finite values of one metric."""
-    points = [
-        (row["step"], row[name]) for row in rows if is_number(row.get(name)) and is_number(row.get("step"))
-    ]
+    points = [(row["step"], row[name]) for row in rows if is_number(row.get(name)) and is_number(row.get("step"))]
     table = np.asarray(points, dtype=np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
@@ -280,9 +278,7 @@ def draw_detection(figure: Any, theme: Theme, summary: Mapping[str, Any]) -> boo
 def draw_buckets(figure: Any, theme: Theme, buckets: Mapping[str, Any]) -> bool:
     """Tokens sorted by KL into buckets: mean KL and mean ln S - ln T of each, wrong beside right."""
     halves = [("wrong", "wrong responses", theme.series[1]), ("right", "right responses", theme.series[0])]
-    halves = [
-        half for half in halves if any(is_number(v) for v in (buckets.get(half[0]) or {}).get("kl", ()))
-    ]
+    halves = [half for half in halves if any(is_number(v) for v in (buckets.get(half[0]) or {}).get("kl", ()))]
     if not halves:
         return False
     left, right = figure.subplots(1, 2)
@@ -347,9 +343,7 @@ def number_or_nan(value: Any) -> float:
     return float(value) if is_number(value) else math.nan
 
 
-def _pair(
-    axis: Any, theme: Theme, models: Sequence[Mapping[str, Any]], one: Any, two: Any, first: int = 0
-) -> None:
+def _pair(axis: Any, theme: Theme, models: Sequence[Mapping[str, Any]], one: Any, two: Any, first: int = 0) -> None:
     """Two bars per model."""
     place = np.arange(len(models))
     for shift, (key, label), colour in ((-0.2, one, theme.series[first]), (0.2, two, theme.muted)):

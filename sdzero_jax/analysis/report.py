@@ -47,9 +47,7 @@ def draw_pictures(run: RunData) -> dict[str, Picture]:
     wanted: list[tuple[str, Callable[..., bool], float, str]] = [
         (
             "results",
-            lambda figure, theme: plots.draw_results(
-                figure, theme, [_bars(row, run.k) for row in run.rows], run.k
-            ),
+            lambda figure, theme: plots.draw_results(figure, theme, [_bars(row, run.k) for row in run.rows], run.k),
             3.2,
             "Accuracy (thin line: 95% interval, where known), mean response length, and how often a revision "
             "of the model's own wrong (correction) and right (keep) first attempts is right.",

@@ -59,17 +59,13 @@ def load_run(run_dir: Path) -> RunData:
     config = _optional(run_dir / "config.json")
     summary = _optional(run_dir / "summary.json")
     evaluations = {
-        path.stem: _optional(path)
-        for path in sorted((run_dir / "evaluate").glob("*.json"))
-        if path.stem != "done"
+        path.stem: _optional(path) for path in sorted((run_dir / "evaluate").glob("*.json")) if path.stem != "done"
     }
     located = _optional(run_dir / "localise" / "localisation.json")
     phases = {phase: _rounds(run_dir, phase) for phase in PHASES}
     collect = _optional(run_dir / "collect" / "summary.json")
     if not (config or summary or evaluations or collect or any(phases.values())):
-        raise UserError(
-            f"{run_dir}: not a run directory; expected config.json, summary.json or the folder of a stage"
-        )
+        raise UserError(f"{run_dir}: not a run directory; expected config.json, summary.json or the folder of a stage")
     rows = _result_rows(summary, evaluations)
     return RunData(
         directory=run_dir,
@@ -119,9 +115,7 @@ def _rounds(run_dir: Path, phase: str) -> list[list[dict[str, Any]]]:
 
 def _result_rows(summary: Mapping[str, Any], evaluations: Mapping[str, Any]) -> list[ResultRow]:
     """The four models of the method first, then any other model that was evaluated."""
-    others = [
-        name for name, value in {**summary, **evaluations}.items() if name not in MODELS and _is_result(value)
-    ]
+    others = [name for name, value in {**summary, **evaluations}.items() if name not in MODELS and _is_result(value)]
     rows = []
     for name in [*MODELS, *others]:
         values = {**evaluations.get(name, {}), **(summary.get(name) or {})}

@@ -294,8 +294,7 @@ def save_pretrained(
     leaves = dict(_leaves(params))
     table = conversion_table(model)
     sizes = {
-        entry.name: math.prod(entry.shape) * jnp.dtype(dtype or leaves[entry.path].dtype).itemsize
-        for entry in table
+        entry.name: math.prod(entry.shape) * jnp.dtype(dtype or leaves[entry.path].dtype).itemsize for entry in table
     }
     files = _split(table, sizes)
     writes = jax.process_index() == 0

@@ -44,9 +44,7 @@ class DecoderConfig:
     head_dim: Annotated[int, "width of one head, even"]
     intermediate_size: Annotated[int, "width of the SwiGLU layer"]
     rms_norm_eps: Annotated[float, "epsilon of every RMSNorm"] = 1e-6
-    norm_position: Annotated[str, "RMSNorm before (pre, Qwen3) or after (post, Olmo-3) attention and MLP"] = (
-        "pre"
-    )
+    norm_position: Annotated[str, "RMSNorm before (pre, Qwen3) or after (post, Olmo-3) attention and MLP"] = "pre"
     qk_norm: Annotated[str, "RMSNorm of queries and keys: per head, whole projection, or none"] = "head"
     layer_pattern: Annotated[tuple[str, ...], "layer types (full, sliding), repeated"] = ("full",)
     sliding_window: Annotated[int, "positions a sliding layer sees, its own included"] = 4096
@@ -85,8 +83,7 @@ class DecoderConfig:
             fits = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
             near = min(fits, key=lambda n: abs(n - self.num_kv_heads))
             raise UserError(
-                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; "
-                f"nearest: {near}"
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; nearest: {near}"
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} must be even for RoPE; nearest: {self.head_dim + 1}")

@@ -77,8 +77,7 @@ def check_layer_count(hf: Mapping[str, Any], layer_types: Sequence[str]) -> None
     """UserError when layer_types and num_hidden_layers disagree."""
     if len(layer_types) != hf["num_hidden_layers"]:
         raise UserError(
-            f"the model's config.json lists {len(layer_types)} layer_types "
-            f"for {hf['num_hidden_layers']} layers"
+            f"the model's config.json lists {len(layer_types)} layer_types for {hf['num_hidden_layers']} layers"
         )
 
 

@@ -127,9 +127,7 @@ def _chunked(q, k, v, q_positions, kv_positions, q_segments, kv_segments, window
             new_top = jax.lax.stop_gradient(jnp.maximum(top, jnp.max(scores, axis=-1)))
             weights = jnp.where(mask, jnp.exp(scores - new_top[..., None]), 0.0)
             shrink = jnp.exp(top - new_top)
-            values = jnp.einsum(
-                "bkgts,bskd->bkgtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-            )
+            values = jnp.einsum("bkgts,bskd->bkgtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
             total = total * shrink + jnp.sum(weights, axis=-1)
             return (new_top, total, out * shrink[..., None] + values), None
 

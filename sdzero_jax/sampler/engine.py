@@ -204,9 +204,7 @@ def _generate(model: LanguageModel, params, rows, *, new_tokens: int, filtered: 
     segments = (column < rows["prompt_length"][:, None]).astype(jnp.int32)
     positions = jnp.broadcast_to(column, segments.shape)
     cache = model.init_cache(batch, prompt_length + new_tokens, dtype=cache_dtype)
-    hidden, cache = model.apply(
-        params, rows["prompt"], positions=positions, segment_ids=segments, cache=cache
-    )
+    hidden, cache = model.apply(params, rows["prompt"], positions=positions, segment_ids=segments, cache=cache)
     # Only the last prompt position is projected to the vocabulary.
     last = jnp.maximum(rows["prompt_length"] - 1, 0)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # [B, 1, D]

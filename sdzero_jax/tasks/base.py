@@ -62,9 +62,7 @@ class TaskConfig:
     name: Annotated[str, "the embedded task: chain or countdown"] = "chain"
     seed: Annotated[int, "seed of the task's world, questions and corpus"] = 0
     chain: Annotated[ChainConfig, "settings of the chain task"] = field(default_factory=ChainConfig)
-    countdown: Annotated[CountdownConfig, "settings of the countdown task"] = field(
-        default_factory=CountdownConfig
-    )
+    countdown: Annotated[CountdownConfig, "settings of the countdown task"] = field(default_factory=CountdownConfig)
 
 
 TASKS: dict[str, Callable[[TaskConfig], Task]] = {

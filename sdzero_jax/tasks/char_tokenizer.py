@@ -25,9 +25,7 @@ class CharTokenizer:
         self.symbols = symbols
         self.tokens = (PAD, BOS, EOS, *symbols, *specials)
         if len(set(self.tokens)) != len(self.tokens) or "<" in symbols:
-            raise ValueError(
-                f"symbols {symbols!r}, specials {tuple(specials)!r}: wanted distinct, no '<' symbol"
-            )
+            raise ValueError(f"symbols {symbols!r}, specials {tuple(specials)!r}: wanted distinct, no '<' symbol")
         if not all(re.fullmatch(r"<[^<>]+>", token) for token in specials):
             raise ValueError(f"special tokens are spelled '<name>', got {tuple(specials)!r}")
         self._ids = {token: i for i, token in enumerate(self.tokens)}

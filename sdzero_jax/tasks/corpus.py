@@ -221,9 +221,7 @@ def corpus_batch(
     return pack(rows, shape, tokenizer)
 
 
-def pack(
-    rows: Sequence[Sequence[Piece]], shape: CorpusShape, tokenizer: CharTokenizer
-) -> dict[str, np.ndarray]:
+def pack(rows: Sequence[Sequence[Piece]], shape: CorpusShape, tokenizer: CharTokenizer) -> dict[str, np.ndarray]:
     """Pads rows of pieces (without bos) to static arrays; the output at `index` predicts `target_ids`.
 
     Returns: tokens, positions, segment_ids (0 padding, 1 text) [B, L] int32; index, target_ids [B, R]

@@ -1,0 +1,243 @@
+"""A run directory: its config, the parts that stages share, stage results and their hashes, forks.
+
+A stage ends with `done.json`, which records a hash of everything its result depends on; the base
+model lies in a cache that runs share. What stages do is in `pipeline`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+
+from sdzero_jax import settings, sharding
+from sdzero_jax.checkpoint import load_params
+from sdzero_jax.config import Config
+from sdzero_jax.errors import UserError
+from sdzero_jax.files import read_json, write_json_atomic
+from sdzero_jax.locks import exclusive
+from sdzero_jax.models import LanguageModel
+from sdzero_jax.progress import say
+from sdzero_jax.prompts import control_phrases
+from sdzero_jax.rollouts import Domain, check_sampling
+from sdzero_jax.sampler import Sampler
+from sdzero_jax.tasks import make_task
+
+# Settings that say where files lie: they may change from one call to the next.
+PLACES = ("run_dir", "base.cache_dir")
+
+# The stage that each one needs, and with it everything before.
+BEFORE: dict[str, str | None] = {
+    "base": None,
+    "collect": "base",
+    "srt": "collect",
+    "distill": "srt",
+    "evaluate": "distill",
+    "localise": "srt",
+}
+
+
+class Run:
+    """A run directory with its config, and what stages share; parts are built when first used."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.directory = pathlib.Path(config.run_dir)
+        self._locks = contextlib.ExitStack()
+
+    def __enter__(self) -> "Run":
+        self.lock(self.directory)
+        write_json_atomic(self.directory / "config.json", json.loads(json.dumps(dataclasses.asdict(self.config))))
+        _cache_programs(pathlib.Path(self.config.base.cache_dir) / "programs")
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._locks.close()
+
+    def lock(self, directory: pathlib.Path) -> None:
+        """Keeps other processes out of a directory until this one ends, however it ends."""
+        self._locks.enter_context(exclusive(directory))
+
+    @functools.cached_property
+    def mesh(self):
+        return sharding.make_mesh(self.config.mesh)
+
+    @functools.cached_property
+    def task(self):
+        return make_task(self.config.task)
+
+    @functools.cached_property
+    def model(self) -> LanguageModel:
+        size = self.task.tokenizer.vocab_size
+        if self.config.model.vocab_size != size:
+            raise UserError(
+                f"model.vocab_size={self.config.model.vocab_size}, but the tokenizer of task "
+                f"{self.config.task.name} has {size} tokens; set model.vocab_size={size}"
+            )
+        return LanguageModel(self.config.model)
+
+    @functools.cached_property
+    def domain(self) -> Domain:
+        task = self.task
+        return Domain(
+            tokenizer=task.tokenizer,
+            phrases=control_phrases(self.config.phrases),
+            verify=lambda questions, texts: [task.verify(q, text) for q, text in zip(questions, texts)],
+        )
+
+    @functools.cached_property
+    def provenance(self) -> dict[str, Any]:
+        """What a reviser was trained to read; recorded with parameters, compared before distillation."""
+        return {
+            "phrases": dataclasses.asdict(self.domain.phrases),
+            "tokenizer": self.domain.tokenizer.fingerprint(),
+        }
+
+    def sampler(self, slots: int | None = None) -> Sampler:
+        slots = slots or self.config.sampler.slots
+        parts = sharding.batch_devices(self.mesh)
+        return Sampler(
+            self.model,
+            slots=-(-slots // parts) * parts,
+            max_len=self.config.model.max_position,
+            stop_ids=self.domain.tokenizer.stop_ids,
+            prompt_multiple=self.config.sampler.prompt_multiple,
+            mesh=self.mesh,
+        )
+
+    def abstract_params(self):
+        """Shapes and shardings of the parameters, to restore into."""
+        shapes = self.model.param_shapes()
+        shardings = sharding.shardings_for(self.mesh, self.model.param_axes(), shapes)
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
+        )
+
+    def key(self, stage: str) -> str:
+        """Hash of everything a stage's result depends on."""
+        config = self.config
+        if stage == "base":
+            base = dataclasses.replace(config.base, cache_dir="")  # where it lies does not change it
+            return settings.digest(config.model, config.task, base, config.seed)
+        own = {
+            "collect": (config.collect, config.phrases),
+            "srt": (config.srt,),
+            "distill": (config.distill, config.health),
+            "evaluate": (config.evaluate,),
+            "localise": (config.localisation, config.distill.layout, config.distill.sampling),
+        }
+        return settings.digest(self.key(BEFORE[stage]), *own[stage], config.sampler)
+
+    def folder(self, stage: str) -> pathlib.Path:
+        """Where a stage writes; base models are shared between runs through the cache."""
+        if stage == "base":
+            return pathlib.Path(self.config.base.cache_dir) / f"base-{self.key('base')}"
+        return self.directory / stage
+
+    def result(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage recorded, None when it has not finished."""
+        path = self.folder(stage) / "done.json"
+        return read_json(path) if path.exists() else None
+
+    def params(self, stage: str, name: str = "params"):
+        """Final parameters of a finished stage."""
+        self.need(stage)
+        params, metadata = load_params(self.folder(stage) / name, self.abstract_params())
+        return params, metadata
+
+    def need(self, stage: str) -> dict[str, Any]:
+        result = self.result(stage)
+        if result is None:
+            raise UserError(f"stage {stage} has not finished in {self.directory}; run it first, or the whole pipeline")
+        return result
+
+
+def _cache_programs(directory: pathlib.Path) -> None:
+    """Keeps compiled programs on disk, so that a run that goes on does not compile again."""
+    if jax.config.jax_compilation_cache_dir is None:  # else the user's own choice stands
+        jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def open_run(config: Config, stage: str | None = None, fork: bool = False) -> Run:
+    """The run of a config, to be entered with `with`; nothing is written before that.
+
+    Everything that can be refused is refused here: what does not fit together, and a stage whose
+    predecessors have not finished.
+
+    A directory of another config is refused with the differences; with `fork` its stages that do
+    not depend on them are copied to a new directory, where the run goes on.
+    """
+    check_fit(Run(config))
+    directory = pathlib.Path(config.run_dir)
+    recorded = directory / "config.json"
+    if stage and BEFORE[stage]:
+        Run(config).need(BEFORE[stage])
+    if recorded.exists():
+        old = read_json(recorded)
+        changed = settings.differences(old, dataclasses.asdict(config), ignore=PLACES)
+        if changed and not fork:
+            shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
+            raise UserError(
+                f"{directory} holds a run with other settings ({shown}); add --fork to go on in a new "
+                "directory from the stages that do not change, or set run_dir="
+            )
+        if changed:
+            config = _fork(config, directory)
+    return Run(config)
+
+
+def check_fit(run: Run) -> None:
+    """Refuses settings that do not fit the task, the model's context or the devices."""
+    config, model, task = run.config, run.model, run.task
+    phrase = max(len(run.domain.phrase_ids(reward)) for reward in (0.0, 1.0))
+    for name in ("collect", "distill", "evaluate"):
+        sampling = getattr(config, name).sampling
+        check_sampling(sampling, f"{name}.sampling")
+        revision = 0 if name == "distill" else phrase + sampling.max_new_tokens
+        longest = task.max_prompt_tokens + 1 + sampling.max_new_tokens + revision
+        if longest > model.config.max_position:
+            raise UserError(
+                f"{name}.sampling.max_new_tokens={sampling.max_new_tokens} needs contexts of {longest} tokens, "
+                f"but model.max_position={model.config.max_position}; lower the former or raise the latter"
+            )
+    layout = config.distill.layout
+    if layout.max_prompt < task.max_prompt_tokens + 1:
+        raise UserError(
+            f"distill.layout.max_prompt={layout.max_prompt}, but prompts of task {config.task.name} have up to "
+            f"{task.max_prompt_tokens + 1} tokens"
+        )
+    parts = sharding.batch_devices(run.mesh)
+    sizes = {"srt.batch_size": config.srt.batch_size, "distill.batch_size": config.distill.batch_size}
+    sizes |= {f"the corpus batch of {kind} attempts": shape.batch for kind, shape in task.corpus_shapes().items()}
+    for name, size in sizes.items():
+        if size % parts:
+            raise UserError(
+                f"{name} is {size}, which does not divide over {parts} devices (mesh data x fsdp); "
+                f"nearest: {max(parts, round(size / parts) * parts)}"
+            )
+
+
+def _fork(config: Config, directory: pathlib.Path) -> Config:
+    """Copies the finished stages whose hash is unchanged to a new run directory."""
+    number = 1
+    while (target := directory.with_name(f"{directory.name}-fork{number}")).exists():
+        number += 1
+    config = dataclasses.replace(config, run_dir=str(target))
+    run = Run(config)
+    reused = []
+    temporary = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for stage in BEFORE:
+        done = directory / stage / "done.json"
+        if done.exists() and read_json(done)["key"] == run.key(stage):
+            shutil.copytree(directory / stage, temporary / stage)
+            reused.append(stage)
+    temporary.rename(target)
+    say(f"fork: {target} goes on from {', '.join(reused) or 'the start'}")
+    return config
