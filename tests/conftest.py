@@ -10,11 +10,27 @@ import pytest
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+def _oracles_required() -> bool:
+    """With SDZERO_REQUIRE_ORACLES=1 a skipped oracle is a failure: CI must not lose one quietly."""
+    return os.environ.get("SDZERO_REQUIRE_ORACLES") == "1"
+
+
+def _fail(report) -> None:
+    report.outcome = "failed"
+    report.longrepr = f"oracle skipped although SDZERO_REQUIRE_ORACLES=1: {report.longrepr}"
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """With SDZERO_REQUIRE_ORACLES=1 a skipped oracle test is a failure: CI must not lose one quietly."""
-    outcome = yield
-    report = outcome.get_result()
-    if report.skipped and os.environ.get("SDZERO_REQUIRE_ORACLES") == "1" and item.get_closest_marker("oracle"):
-        report.outcome = "failed"
-        report.longrepr = f"oracle skipped although SDZERO_REQUIRE_ORACLES=1: {report.longrepr}"
+    """A single oracle test that skipped itself."""
+    report = (yield).get_result()
+    if report.skipped and _oracles_required() and item.get_closest_marker("oracle"):
+        _fail(report)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report(collector):
+    """A whole file that skipped itself because its oracle cannot be imported."""
+    report = (yield).get_result()
+    if report.skipped and _oracles_required():
+        _fail(report)

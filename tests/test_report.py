@@ -320,7 +320,8 @@ def test_rounds_are_joined_on_one_step_axis():
 
 def test_series_leaves_out_what_cannot_be_drawn():
     rows = [{"step": 1, "entropy": 0.5}, {"step": 2, "entropy": float("nan")}, {"step": 3},
-            {"step": 4, "entropy": None}, {"step": 5, "entropy": float("inf")}, {"step": 6, "entropy": 2}, {"entropy": 1.0}]  # fmt: skip
+            {"step": 4, "entropy": None},
+            {"step": 5, "entropy": float("inf")}, {"step": 6, "entropy": 2}, {"entropy": 1.0}]  # fmt: skip
     steps, values = plots.series(rows, "entropy")
     assert steps.tolist() == [1, 6] and values.tolist() == [0.5, 2.0]
     assert [panel[0] for panel in plots.present_panels(rows)] == ["Student entropy"]
