@@ -73,8 +73,25 @@ def batch_of(rollouts=ROLLOUTS, layout=LAYOUT):
     return distill_batch(rollouts, phrase_ids, [EOS], layout)[0]
 
 
+@functools.cache
+def compiled(**settings):
+    """(loss, its gradient for the student, its gradient for the teacher), jitted, of (student, teacher, batch)."""
+    loss = functools.partial(objectives.self_distillation, objectives.SelfDistillation(**settings), MODEL)
+    return jax.jit(loss), *(jax.jit(jax.value_and_grad(loss, argnums=i, has_aux=True)) for i in range(2))
+
+
 def fused(params, teacher, batch, **settings):
-    return objectives.self_distillation(objectives.SelfDistillation(**settings), MODEL, params, teacher, batch)
+    return compiled(**settings)[0](params, teacher, batch)
+
+
+def student_gradient(params, teacher, batch):
+    return compiled()[1](params, teacher, batch)
+
+
+@functools.cache
+def reader(prefix):
+    """Hidden states at the positions that predict the response, as a jitted function of (parameters, batch)."""
+    return jax.jit(lambda p, b: objectives.response_hidden(MODEL, p, b, f"{prefix}_", f"{prefix}_index"))
 
 
 def as_float64(tree):
@@ -150,11 +167,10 @@ def test_a_sequence_whose_first_token_is_a_target_is_refused():
 
 def test_distillation_equals_the_unfused_unpadded_float64_computation():
     student, teacher = student_and_teacher()
-    (loss, _), grads = jax.value_and_grad(fused, has_aux=True)(student, teacher, batch_of())
+    (loss, _), grads = student_gradient(student, teacher, batch_of())
     with jax.enable_x64(True):
-        wanted, wanted_grads = jax.value_and_grad(reference.distillation_loss)(
-            as_float64(student), as_float64(teacher), CONFIG, ROWS
-        )
+        oracle = jax.jit(jax.value_and_grad(lambda s, t: reference.distillation_loss(s, t, CONFIG, ROWS)))
+        wanted, wanted_grads = oracle(as_float64(student), as_float64(teacher))
         wanted, wanted_grads = float(wanted), jax.tree.map(np.asarray, wanted_grads)
     assert wanted > 0.1, "the case must have something to distil"
     assert abs(float(loss) - wanted) < 1e-5 * wanted
@@ -167,10 +183,11 @@ def test_srt_equals_the_unfused_float64_computation():
     sequences = [revision_sequence(item, SrtTargets()) for item in traces]
     batch = sequence_batch(sequences, 12)
     objective = functools.partial(objectives.cross_entropy, objectives.CrossEntropy(), MODEL)
-    (loss, _), grads = jax.value_and_grad(objective, has_aux=True)(student, None, batch)
+    (loss, _), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(student, None, batch)
     with jax.enable_x64(True):
         rows = [(s.tokens, s.weights) for s in sequences]
-        wanted, wanted_grads = jax.value_and_grad(reference.weighted_nll)(as_float64(student), CONFIG, rows)
+        oracle = jax.jit(jax.value_and_grad(lambda s: reference.weighted_nll(s, CONFIG, rows)))
+        wanted, wanted_grads = oracle(as_float64(student))
         wanted, wanted_grads = float(wanted), jax.tree.map(np.asarray, wanted_grads)
     assert abs(float(loss) - wanted) < 1e-5 * wanted
     assert_trees_close(grads, wanted_grads, 1e-5)
@@ -181,19 +198,18 @@ def test_srt_equals_the_unfused_float64_computation():
 
 def test_no_gradient_reaches_the_teacher():
     student, teacher = student_and_teacher()
-    grads = jax.grad(lambda t: fused(student, t, batch_of())[0])(teacher)
+    _, grads = compiled()[2](student, teacher, batch_of())
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
-    grads = jax.grad(lambda s: fused(s, teacher, batch_of())[0])(student)
+    _, grads = student_gradient(student, teacher, batch_of())
     assert all(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
 def test_the_live_teacher_gets_no_gradient_either():
     """With T = S the gradient must be that of a teacher frozen at the same values."""
     student, _ = student_and_teacher()
-    live = jax.grad(lambda s: fused(s, s, batch_of())[0])(student)
-    frozen = jax.grad(lambda s: fused(s, student, batch_of())[0])(student)
-    for a, b in zip(jax.tree.leaves(live), jax.tree.leaves(frozen)):
-        np.testing.assert_array_equal(a, b)
+    live = jax.jit(jax.grad(lambda s: fused(s, s, batch_of())[0]))(student)
+    _, frozen = student_gradient(student, student, batch_of())
+    assert_trees_close(live, frozen, 1e-5)
 
 
 def test_the_control_phrase_changes_the_teacher_and_only_the_teacher():
@@ -202,8 +218,7 @@ def test_the_control_phrase_changes_the_teacher_and_only_the_teacher():
     batch, other = batch_of(), distill_batch(ROLLOUTS, lambda r: flipped[r], [EOS], LAYOUT)[0]
     for name in ("gen_tokens", "gen_index", "target_ids", "mask"):
         np.testing.assert_array_equal(batch[name], other[name])
-    read = lambda b: objectives.response_hidden(MODEL, teacher, b, "rev_", "rev_index")  # noqa: E731
-    difference = np.abs(np.asarray(read(batch) - read(other))).max(axis=-1)
+    difference = np.abs(np.asarray(reader("rev")(teacher, batch) - reader("rev")(teacher, other))).max(axis=-1)
     assert (difference[batch["mask"] > 0] > 1e-3).all()
 
 
@@ -213,10 +228,7 @@ def test_later_tokens_of_y_never_change_earlier_positions():
     batch = batch_of()
     changed = {name: value.copy() for name, value in batch.items()}
     changed["gen_tokens"][1, 5 + 3] = 29  # token 3 of the response, predicted at position 3 of the index
-    read = lambda b: np.asarray(  # noqa: E731
-        objectives.response_hidden(MODEL, student, b, "gen_", "gen_index")
-    )
-    before, after = read(batch)[1], read(changed)[1]
+    before, after = (np.asarray(reader("gen")(student, b))[1] for b in (batch, changed))
     np.testing.assert_array_equal(before[:4], after[:4])
     assert np.abs(before[4:] - after[4:]).max() > 1e-3
 
