@@ -1,7 +1,7 @@
 """Kill a run anywhere, start it again: the result is bit for bit that of an uninterrupted one.
 
-SDZERO_KILLS sets the number of kills (default 4), SDZERO_KILL_CONFIG the config (default the
-smoke one; configs/demo.py takes long).
+SDZERO_KILLS sets the number of kills (default 4), SDZERO_KILL_WINDOW the seconds after the start of a
+stage in which they fall (default 3), SDZERO_KILL_CONFIG the config (default the smoke one).
 """
 
 import json
@@ -17,6 +17,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = os.environ.get("SDZERO_KILL_CONFIG", "configs/smoke.py")
+WINDOW = float(os.environ.get("SDZERO_KILL_WINDOW", "3"))
 KILLS = int(os.environ.get("SDZERO_KILLS", "4"))
 
 pytestmark = pytest.mark.slow
@@ -66,7 +67,8 @@ def inside_a_save(directory):
     return any(time.time() - path.stat().st_mtime < 1.0 for path in found if path.exists())
 
 
-STAGES = ("base", "collect", "srt", "distill", "evaluate")
+# Stage -> whether it writes checkpoints.
+STAGES = (("base", True), ("collect", False), ("srt", True), ("distill", True), ("evaluate", False))
 
 
 def test_killed_runs_end_with_the_same_bits(uninterrupted, tmp_path):
@@ -74,23 +76,24 @@ def test_killed_runs_end_with_the_same_bits(uninterrupted, tmp_path):
     rng = random.Random(int(os.environ.get("SDZERO_KILL_SEED", "0")))
     moments = []
     for number in range(KILLS):
-        stage = STAGES[number * len(STAGES) // KILLS]
+        stage, in_save = STAGES[number * len(STAGES) // KILLS]
+        in_save = in_save and number % 2
+        before = len(log_of(tmp_path)) if number else 0
         process = start(tmp_path)
-        while log_of(tmp_path).rpartition("== ")[2].split()[:1] != [stage] and process.poll() is None:
+        while f"== {stage}" not in log_of(tmp_path)[before:] and process.poll() is None:
             time.sleep(0.01)
-        deadline = time.perf_counter() + (60.0 if number % 2 else rng.uniform(0.0, 15.0))
-        while time.perf_counter() < deadline and process.poll() is None:
-            if number % 2 and inside_a_save(tmp_path):
-                break
+        deadline = time.perf_counter() + (60.0 if in_save else rng.uniform(0.0, WINDOW))
+        while time.perf_counter() < deadline and process.poll() is None and not (in_save and inside_a_save(tmp_path)):
             time.sleep(0.002)
-        assert process.poll() is None, f"the run ended before kill {number}: {log_of(tmp_path)[-2000:]}"
-        process.kill()
-        process.wait()
-        stage = log_of(tmp_path).rpartition("== ")[2].split()[0]
-        moments.append(f"{stage}{' (in a save)' if inside_a_save(tmp_path) else ''}")
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+            reached = log_of(tmp_path).rpartition("== ")[2].split()[0]
+            moments.append(f"{reached}{' (in a save)' if inside_a_save(tmp_path) else ''}")
+    print(f"killed in: {', '.join(moments)}")
+    assert len(moments) >= KILLS * 3 // 4, "most kills must hit a running process"
     final = start(tmp_path)
     assert final.wait() == 0, log_of(tmp_path)[-3000:]
-    print(f"killed in: {', '.join(moments)}")
     assert "damaged" not in log_of(tmp_path)
     assert outcome(tmp_path) == uninterrupted[1]
 
