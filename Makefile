@@ -8,6 +8,8 @@ VENV    ?= .venv
 PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
 ARGS    ?=
+# One worker per core, a file stays on its worker: files share expensive fixtures.
+PARALLEL ?= -n auto --dist loadfile
 
 REQUIREMENTS_cpu  := requirements.txt
 REQUIREMENTS_cuda := requirements-cuda.txt
@@ -20,10 +22,10 @@ demo: $(VENV)/.$(BACKEND)
 	$(VENV)/bin/python run.py $(ARGS)
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -q -m "not slow and not oracle" $(ARGS)
+	$(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not slow and not oracle" $(ARGS)
 
 test-all: $(VENV)/.oracle
-	$(VENV)/bin/python -m pytest -q $(ARGS)
+	$(VENV)/bin/python -m pytest -q $(PARALLEL) $(ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -5,6 +5,7 @@ python run.py configs/NAME.py a.b=c      the whole pipeline of a config, with se
 python run.py STAGE configs/NAME.py ...  one stage: base, collect, srt, distill, evaluate, localise
 python run.py report RUN [RUN ...]       writes the report of finished or unfinished runs again
 python run.py doctor [configs/NAME.py]   what is installed, which devices there are, what runs where
+python run.py data prepare NAME          a named problem set, from the hub or from a folder (--from DIR)
 
 Exit status: 0 done, 2 bad input, 1 a fault or a health gate, 130 / 143 stopped by a signal after
 a save. The same command goes on where it stopped.
@@ -15,7 +16,7 @@ import sys
 
 DEMO = "configs/demo.py"
 STAGES = ("base", "collect", "srt", "distill", "evaluate", "localise")
-COMMANDS = ("demo", "pipeline", *STAGES, "report", "doctor")
+COMMANDS = ("demo", "pipeline", *STAGES, "report", "doctor", "data")
 
 
 def main(argv: list[str]) -> int:
@@ -108,6 +109,15 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("config", nargs="?", default=DEMO)
     doctor.add_argument("overrides", nargs="*", metavar="a.b=c")
     doctor.set_defaults(function=examine)
+    data = commands.add_parser("data", help="prepare named problem sets")
+    actions = data.add_subparsers(required=True, parser_class=_Parser, metavar="ACTION")
+    prepare = actions.add_parser("prepare", help="fetch or read a named set and write it as ArrayRecord files")
+    prepare.add_argument("name", help="gsm8k, math500, mbpp, ...; an unknown one lists them all")
+    prepare.add_argument("--from", dest="source_dir", metavar="DIR", help="read the set's files from this folder")
+    prepare.add_argument("--to", dest="data_dir", metavar="DIR", default="data", help="where prepared sets live")
+    prepare.add_argument("--revision", help="commit, branch or tag of the hub's repository (default main)")
+    prepare.add_argument("--force", action="store_true", help="prepare again what is there")
+    prepare.set_defaults(function=prepare_data)
     return top
 
 
@@ -152,6 +162,21 @@ def examine(arguments) -> int:
     from sdzero_jax import doctor
 
     print("\n".join(doctor.examine(config)))
+    return 0
+
+
+def prepare_data(arguments) -> int:
+    from sdzero_jax.data import prepare_set
+
+    record = prepare_set(
+        arguments.name,
+        data_dir=arguments.data_dir,
+        source_dir=arguments.source_dir,
+        revision=arguments.revision,
+        force=arguments.force,
+    )
+    counts = ", ".join(f"{count} {split}" for split, count in record["questions"].items())
+    print(f"{record['directory']}: {counts}; licence {record['licence']}")
     return 0
 
 

@@ -1,7 +1,9 @@
-"""Control phrases by family: strings only, no tokenizer (ALGORITHM: control phrases).
+"""Control phrases by family and answer instructions: strings only, no tokenizer.
 
-The reviser reads x | y | d P_r d | ..., where P_r depends on the reward of y.
-A checkpoint records the phrases it was trained with; distillation refuses others.
+The reviser reads x | y | d P_r d | ..., where P_r depends on the reward of y (SD-Zero, control phrases).
+Every stage asks with the same user turn: the problem and its instruction, exactly once.
+A checkpoint records the phrases and instruction it was trained with; distillation refuses others.
+Leaves out chat templates, which belong to the tokenizer.
 """
 
 import dataclasses
@@ -43,3 +45,37 @@ def control_phrases(name: str) -> ControlPhrases:
     if name not in PHRASES:
         raise UserError(f"unknown control phrases {name!r}{nearest(name, PHRASES)}")
     return PHRASES[name]
+
+
+MATH_INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
+LANGUAGES = {"python": "Python", "cpp": "C++"}  # name of the fenced block -> name in a sentence
+
+
+def code_instruction(language: str, style: str = "stdio") -> str:
+    """What follows a programming problem in the user turn.
+
+    Args:
+      language: "python" or "cpp", which is also the name of the fenced block.
+      style: "stdio", a program that reads and writes; "function", a function that the tests call.
+    Raises: UserError for another language or style.
+    """
+    if language not in LANGUAGES:
+        raise UserError(f"unknown programming language {language!r}{nearest(language, LANGUAGES)}")
+    spoken = LANGUAGES[language]
+    tasks = {
+        "stdio": f"Write a {spoken} program that reads standard input and writes standard output.",
+        "function": f"Write the {spoken} function that the problem asks for.",
+    }
+    if style not in tasks:
+        raise UserError(f"unknown style of code question {style!r}{nearest(style, tasks)}")
+    return f"{tasks[style]} Put the final program in one ```{language} block."
+
+
+def instructed(problem: str, instruction: str, separator: str = " ") -> str:
+    """The user turn: `problem`, then `instruction` exactly once.
+
+    An instruction that the problem already holds, wherever it stands, is moved to the end, not repeated.
+    """
+    parts = [part.strip() for part in problem.split(instruction)]
+    bare = separator.join(part for part in parts if part)
+    return f"{bare}{separator}{instruction}" if bare else instruction
