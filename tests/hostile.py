@@ -101,7 +101,8 @@ PROGRAMS = {
     "right_then_exit_1": (py(ANSWER + "raise SystemExit(1)"), ONE, "runtime_error"),
     "cpp_is_not_c": (
         cpp(
-            "#include <iostream>\nclass A{public:int f(int n){return n+1;}};\nint main(){int n;std::cin>>n;std::cout<<A().f(n);}"
+            "#include <iostream>\nclass A{public:int f(int n){return n+1;}};\n"
+            "int main(){int n;std::cin>>n;std::cout<<A().f(n);}"
         ),
         ONE,
         "correct",
@@ -166,7 +167,8 @@ PROGRAMS = {
     "memory_by_children": (
         py(
             "import os, time\nfor i in range(12):\n"
-            " if not os.fork():\n  x = bytearray(60 << 20)\n  for j in range(0, len(x), 4096): x[j] = 1\n  time.sleep(9)\n"
+            " if not os.fork():\n  x = bytearray(60 << 20)\n"
+            "  for j in range(0, len(x), 4096): x[j] = 1\n  time.sleep(9)\n"
             "time.sleep(9)"
         ),
         ONE,
@@ -192,7 +194,8 @@ PROGRAMS = {
     ),
     "thread_bomb": (
         py(
-            "import threading, time\nfor i in range(999): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()"
+            "import threading, time\nfor i in range(999):\n"
+            " threading.Thread(target=time.sleep, args=(9,), daemon=True).start()"
         ),
         ONE,
         "runtime_error",

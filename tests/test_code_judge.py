@@ -111,7 +111,7 @@ def test_outputs_equal(mode, expected, actual, same):
 
 
 def test_unknown_comparison_is_named():
-    with pytest.raises(UserError, match="'token'.*did you mean 'tokens'"):
+    with pytest.raises(UserError, match=r"'token'.*did you mean 'tokens'"):
         outputs_equal("", "", "token")
 
 
