@@ -5,6 +5,7 @@ python run.py configs/NAME.py a.b=c      the whole pipeline of a config, with se
 python run.py STAGE configs/NAME.py ...  one stage: base, collect, srt, distill, evaluate, localise
 python run.py report RUN [RUN ...]       writes the report of finished or unfinished runs again
 python run.py doctor [configs/NAME.py]   what is installed, which devices there are, what runs where
+python run.py verify FILE                grades a JSON-lines file of maths responses
 python run.py data prepare NAME          a named problem set, from the hub or from a folder (--from DIR)
 
 Exit status: 0 done, 2 bad input, 1 a fault or a health gate, 130 / 143 stopped by a signal after
@@ -16,7 +17,7 @@ import sys
 
 DEMO = "configs/demo.py"
 STAGES = ("base", "collect", "srt", "distill", "evaluate", "localise")
-COMMANDS = ("demo", "pipeline", *STAGES, "report", "doctor", "data")
+COMMANDS = ("demo", "pipeline", *STAGES, "report", "doctor", "verify", "data")
 
 
 def main(argv: list[str]) -> int:
@@ -109,6 +110,12 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("config", nargs="?", default=DEMO)
     doctor.add_argument("overrides", nargs="*", metavar="a.b=c")
     doctor.set_defaults(function=examine)
+    verify = commands.add_parser("verify", help="grade a JSON-lines file of maths responses")
+    verify.add_argument("file", help="one JSON object a line, with a response and a gold answer")
+    verify.add_argument("--output", help="write every record with its verdict to this file")
+    verify.add_argument("--response-field", help="name of the response's field (default: found by itself)")
+    verify.add_argument("--gold-field", help="name of the gold answer's field (default: found by itself)")
+    verify.set_defaults(function=verify_file)
     data = commands.add_parser("data", help="prepare named problem sets")
     actions = data.add_subparsers(required=True, parser_class=_Parser, metavar="ACTION")
     prepare = actions.add_parser("prepare", help="fetch or read a named set and write it as ArrayRecord files")
@@ -163,6 +170,20 @@ def examine(arguments) -> int:
 
     print("\n".join(doctor.examine(config)))
     return 0
+
+
+def verify_file(arguments) -> int:
+    """Prints a summary by outcome; status 1 when the grader itself failed on some line."""
+    from sdzero_jax.verifiers.grade_file import grade_file
+
+    summary = grade_file(
+        arguments.file,
+        output=arguments.output,
+        response_field=arguments.response_field,
+        gold_field=arguments.gold_field,
+    )
+    print("\n".join(summary.lines()))
+    return 1 if summary.failed else 0
 
 
 def prepare_data(arguments) -> int:

@@ -92,7 +92,7 @@ def fit(
                 bar.update(1, _headline(figures))
                 if stop and step < total_steps:
                     checkpointer.wait()
-                    raise Stopped(stop, f"{name} saved at step {step} of {total_steps}; the same command continues")
+                    raise Stopped(stop, f"{name} saved at step {step} of {total_steps}")
         checkpointer.wait()
         return state
     finally:

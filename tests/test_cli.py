@@ -40,6 +40,8 @@ def elsewhere(tmp_path, monkeypatch):
         ("configs/demo.py evaluate.sampling.max_new_tokens=250", "max_new_tokens"),
         ("srt configs/demo.py base.cache_dir=cache", "stage collect has not finished"),
         ("report nowhere", "nowhere"),
+        ("verify nowhere.jsonl", "nowhere.jsonl"),
+        ("data prepare gsm9k", "did you mean 'gsm8k'?"),
         ("report", "the following arguments are required: RUN"),
         ("doctor configs/demo.py mesh.tensor=7", "does not fit"),
     ],
