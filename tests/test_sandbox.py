@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
 from sdzero_jax.errors import UserError
-from sdzero_jax.verifiers import sandbox
+from sdzero_jax.verifiers import cgroups, sandbox
 from tests import hostile
 
 ROOT = Path(__file__).parents[1]
@@ -191,3 +192,29 @@ def test_no_descriptor_of_the_judge_is_left_open():
         run(["/bin/echo", "x"], bounds(), stdin=b"x", files={"f": b"y"})
         run(["/usr/bin/yes"], bounds())
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@needs_bwrap
+def test_a_judge_that_is_killed_leaves_no_program_running():
+    """Its control groups, which it cannot remove itself, are removed by the next judge."""
+    mark = f"mark-{os.getpid()}"
+    code = (
+        "import threading, time; from sdzero_jax.verifiers import sandbox as s; "
+        f"s.ENVIRONMENT['MARK'] = {mark!r}; b = s.Bounds(60, 60, 256, 16, 64, 1000, 1000); "
+        "threading.Thread(target=s.get_sandbox().run, args=(['/bin/sleep', '60'], b)).start(); "
+        "time.sleep(9)"
+    )
+    judge = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    deadline = time.monotonic() + 20
+    while not hostile.marked_processes(mark.encode()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert hostile.marked_processes(mark.encode())
+    judge.kill()
+    judge.wait()
+    while hostile.marked_processes(mark.encode()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert hostile.marked_processes(mark.encode()) == []
+    cgroups.writable_groups.cache_clear()
+    for folder, _ in cgroups.writable_groups().values():
+        assert not list(folder.glob(f"sdzero-*-{judge.pid}-*"))

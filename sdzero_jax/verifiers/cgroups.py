@@ -40,18 +40,16 @@ def writable_groups() -> dict[str, tuple[Path, int]]:
             # In a container the path may be the host's; the mount is then our own group.
             folder = next((f for f in (Path(mount[1] + path), Path(mount[1])) if f.is_dir()), None)
             for controller in controllers:
-                if (
-                    folder
-                    and controller in _FILES
-                    and controller not in found
-                    and _usable(folder, controller, version)
-                ):
+                if controller not in _FILES or controller in found or folder is None:
+                    continue
+                if _usable(folder, controller, version):
+                    _sweep(folder)
                     found[controller] = (folder, version)
     return found
 
 
 def _usable(folder: Path, controller: str, version: int) -> bool:
-    trial = folder / f"sdzero-{secrets.token_hex(6)}"
+    trial = folder / f"sdzero-trial-{secrets.token_hex(6)}"
     try:
         trial.mkdir()
     except OSError:
@@ -62,6 +60,47 @@ def _usable(folder: Path, controller: str, version: int) -> bool:
         trial.rmdir()
 
 
+def _name() -> str:
+    """Names our process and its process namespace, for the sweep."""
+    namespace = os.stat("/proc/self/ns/pid").st_ino
+    return f"sdzero-{namespace}-{os.getpid()}-{secrets.token_hex(6)}"
+
+
+def _sweep(parent: Path) -> None:
+    """Removes groups of judges that died without cleaning up, and what is left inside them."""
+    namespace = str(os.stat("/proc/self/ns/pid").st_ino)
+    for folder in parent.glob(f"sdzero-{namespace}-*-*"):
+        pid = folder.name.split("-")[2]
+        if not Path("/proc", pid).exists():
+            _kill_inside(folder)
+            _remove(folder)
+
+
+def _kill_inside(folder: Path) -> None:
+    for _ in range(100):
+        try:
+            inside = (folder / "cgroup.procs").read_text().split()
+        except OSError:
+            return
+        if not inside:
+            return
+        for pid in map(int, inside):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+
+
+def _remove(folder: Path) -> None:
+    for _ in range(100):  # a group is busy until its last process is collected
+        try:
+            folder.rmdir()
+            return
+        except FileNotFoundError:
+            return
+        except OSError:
+            time.sleep(0.005)
+
+
 class Group:
     """Fresh control groups, one per controller; `with` removes them, killing what is left inside."""
 
@@ -70,7 +109,7 @@ class Group:
         for controller, limit in (("memory", memory_bytes), ("pids", processes)):
             if controller in writable_groups():
                 parent, version = writable_groups()[controller]
-                folder = parent / f"sdzero-{os.getpid()}-{secrets.token_hex(6)}"
+                folder = parent / _name()
                 with contextlib.suppress(OSError):
                     folder.mkdir()
                     self.folders[controller] = (folder, version)
@@ -100,17 +139,7 @@ class Group:
     def kill(self) -> None:
         """Ends every process that is still inside."""
         for folder, _ in self.folders.values():
-            for _ in range(100):
-                try:
-                    inside = (folder / "cgroup.procs").read_text().split()
-                except OSError:
-                    break
-                if not inside:
-                    break
-                for pid in map(int, inside):
-                    with contextlib.suppress(OSError):
-                        os.kill(pid, signal.SIGKILL)
-                time.sleep(0.005)
+            _kill_inside(folder)
 
     def __enter__(self):
         return self
@@ -118,12 +147,4 @@ class Group:
     def __exit__(self, *_):
         self.kill()
         for folder, _ in self.folders.values():
-            for _ in range(100):  # a group is busy until its last process is collected
-                try:
-                    folder.rmdir()
-                except FileNotFoundError:
-                    break
-                except OSError:
-                    time.sleep(0.005)
-                    continue
-                break
+            _remove(folder)

@@ -286,10 +286,14 @@ class Running:
             inner = ["/bin/sh", "-c", _INIT, "init", *self._limits()]
             inner += [part.replace(BOX + "/", f"{cwd}/box/") for part in command]
             environment |= {"HOME": cwd, "TMPDIR": cwd, "SDZERO_RUN": self._mark}
+        # If the judge dies in the moments before bubblewrap watches it, nothing may start.
+        inner = ["/bin/sh", "-c", f'[ $PPID = {os.getpid()} ] && exec "$@"', "alive", *inner]
         uid = sandbox_user()
         if uid is not None:
             ids = ["--reuid", str(uid), "--regid", str(uid), "--clear-groups", "--no-new-privs"]
-            inner = ["setpriv", *ids, "--", *inner]
+            inner = ["setpriv", *ids, "--pdeathsig", "KILL", "--", *inner]
+        elif shutil.which("setpriv"):
+            inner = ["setpriv", "--pdeathsig", "KILL", "--", *inner]
         self.started = time.monotonic()
         self.process = subprocess.Popen(
             self.group.enter_command(inner),
