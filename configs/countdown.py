@@ -1,8 +1,8 @@
 """The demo's method on the second embedded task: reach a number with three others (Countdown).
 
 Command:   python run.py configs/countdown.py
-Hardware:  2 CPU cores, about 8 minutes
-Expected:  every stage runs; the settings are the chain task's, not tuned for this one
+Hardware:  2 CPU cores
+Expected:  not measured yet; the settings are the chain task's, not tuned for this one
 """
 
 import dataclasses

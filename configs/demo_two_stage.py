@@ -5,7 +5,7 @@ phrase into the user turn, which no later stage ever reads.
 
 Command:   python run.py configs/demo_two_stage.py
 Hardware:  2 CPU cores
-Expected:  a weaker reviser than the joint loss gives; see docs/LOG.md
+Expected:  not measured yet
 """
 
 import dataclasses
