@@ -1,6 +1,6 @@
 # make demo      the whole method on the embedded task, on this machine, in minutes
 # make test      the fast tests, without torch
-# make test-all  slow tests and live oracles as well
+# make test-all  slow tests, live oracles and compiles for TPUs as well
 # Every target makes the environment it needs in .venv (Python 3.11 to 3.13).
 
 BACKEND ?= cpu
@@ -15,7 +15,7 @@ REQUIREMENTS_cpu  := requirements.txt
 REQUIREMENTS_cuda := requirements-cuda.txt
 REQUIREMENTS_tpu  := requirements-tpu.txt
 
-.PHONY: demo test test-all lint clean python
+.PHONY: demo test test-all tpu-compiler lint clean python
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.$(BACKEND)
@@ -24,8 +24,12 @@ demo: $(VENV)/.$(BACKEND)
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not slow and not oracle" $(ARGS)
 
-test-all: $(VENV)/.oracle
+test-all: $(VENV)/.oracle tpu-compiler
 	$(VENV)/bin/python -m pytest -q $(PARALLEL) $(ARGS)
+
+# libtpu compiles TPU programs without a TPU. In a folder of its own: among the packages it would
+# make every start of jax look for one.
+tpu-compiler: $(VENV)/libtpu/.done
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -42,6 +46,11 @@ $(VENV)/bin/python: | python
 
 $(VENV)/.cpu $(VENV)/.cuda $(VENV)/.tpu: $(VENV)/.%: requirements.txt requirements-cuda.txt requirements-tpu.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r $(REQUIREMENTS_$*)
+	@touch $@
+
+$(VENV)/libtpu/.done: requirements.txt sdzero_jax/topology.py | $(VENV)/.oracle
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(VENV)/libtpu \
+		"$$($(VENV)/bin/python -c 'from sdzero_jax import topology; print(topology.libtpu_requirement())')"
 	@touch $@
 
 $(VENV)/.dev $(VENV)/.oracle: $(VENV)/.%: requirements.txt requirements-dev.txt requirements-oracle.txt | $(VENV)/bin/python

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = [
     ("kernels", "errors"),
     ("files", "progress", "signals", "locks"),
-    ("masked", "losses", "prompts", "examples", "metrics", "statistics", "chunks", "health", "settings"),
+    ("masked", "losses", "prompts", "examples", "metrics", "statistics", "chunks", "health", "settings", "topology"),
     ("ops", "sharding", "optimizer", "tokenizer", "verifiers", "data"),
     ("models", "tasks", "batches"),
     ("sampler", "objectives", "teacher"),
