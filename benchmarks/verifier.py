@@ -1,6 +1,6 @@
 """Verdicts per second: the worker pool beside single-process math-verify, on the same recorded model outputs.
 
-python benchmarks/verifier.py [--workers 2] [--rows N]    with SDZERO_DATA naming the folder of larger data
+python benchmarks/verifier.py [--workers 2] [--rows N] [--boxed]    with SDZERO_DATA naming the folder of larger data
 
 Prints both rates, their ratio and how often the two agree on responses with a box. Both sides start warm:
 imports, worker start and the first parse are not counted. Leaves out the code judge.
@@ -24,6 +24,7 @@ def main() -> int:
     )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rows", type=int, default=None, help="only the first N rows")
+    parser.add_argument("--boxed", action="store_true", help="only responses with a box: others cost the pool nothing")
     arguments = parser.parse_args()
     folder = os.environ.get("SDZERO_DATA")
     if not folder:
@@ -35,7 +36,8 @@ def main() -> int:
     with gzip.open(
         Path(folder) / "outputs" / "math_model_outputs.jsonl.gz", "rt", encoding="utf-8"
     ) as handle:
-        rows = [json.loads(line) for line in handle][: arguments.rows]
+        rows = [json.loads(line) for line in handle]
+    rows = [row for row in rows if row["has_boxed"] or not arguments.boxed][: arguments.rows]
     golds, responses = [row["gold"] or "" for row in rows], [row["response"] for row in rows]
     ours, our_seconds = time_pool(golds, responses, arguments.workers)
     theirs, their_seconds = time_math_verify(golds, responses)

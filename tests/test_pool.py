@@ -291,6 +291,18 @@ def test_grade_file(tmp_path):
         grade_file(tmp_path / "in.jsonl", output=out, pool=TWO, progress=False)
 
 
+def test_grade_file_writes_whole_or_not_at_all(tmp_path, monkeypatch):
+    def broken(self, golds, responses):
+        yield 0, Verdict.of("correct")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VerifierPool, "stream", broken)
+    path = write(tmp_path / "in.jsonl", [{"response": r"\boxed{1}", "gold": "1"}] * 600)
+    with pytest.raises(KeyboardInterrupt):
+        grade_file(path, output=tmp_path / "out.jsonl", pool=TWO, progress=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+
+
 def test_grade_file_field_names(tmp_path):
     path = write(tmp_path / "in.jsonl", [{"text": r"\boxed{2}", "answer": "2", "truth": "3"}])
     named = grade_file(path, response_field="text", gold_field="truth", pool=TWO, progress=False)

@@ -64,8 +64,10 @@ def judged(user: str, unsafe: bool, long: bool, folder: str) -> dict:
     os.chmod(folder, 0o777)
     os.chmod(Path(folder, "kept"), 0o666)
     command = [*as_user(user), str(ROOT / "tests/hostile.py"), *(["unsafe"] if unsafe else [])]
+    # From the start: what a process adds to its environment later does not show in /proc.
+    environment = {**os.environ, "TOKEN": "SECRET"}
     done = subprocess.run(
-        command, input=json.dumps(names), capture_output=True, text=True, cwd=folder, timeout=600
+        command, input=json.dumps(names), capture_output=True, text=True, cwd=folder, timeout=600, env=environment
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout) | {"stderr": done.stderr}
@@ -99,7 +101,10 @@ def check(report: dict, name: str) -> None:
 def test_hostile_program(user, name, folder):
     if name in USES_CPP and not shutil.which("g++"):
         pytest.skip("g++ is not installed")
-    check(judged(user, False, name in LONG, folder), name)
+    report = judged(user, False, name in LONG, folder)
+    check(report, name)
+    if name == "include_passwd":  # not that the file is no C++
+        assert "No such file" in report["verdicts"][name]["message"]
 
 
 @needs_bwrap
@@ -112,13 +117,38 @@ def test_the_judge_stays_small_and_the_controls_work(user, folder):
 
 
 @pytest.mark.skipif(not LINUX, reason="limits need Linux and prlimit")
+@pytest.mark.parametrize("user", ["root", "ordinary"])
 @pytest.mark.parametrize("name", programs(hostile.COVERED_WITHOUT_SANDBOX))
-def test_limits_alone_stop_what_they_can(name, folder):
+def test_limits_alone_stop_what_they_can(user, name, folder):
     if name in USES_CPP and not shutil.which("g++"):
         pytest.skip("g++ is not installed")
-    report = judged("root" if os.getuid() == 0 else "ordinary", True, name in LONG, folder)
+    report = judged(user, True, name in LONG, folder)
     check(report, name)
+    assert (report["uid"] == 0) == (user == "root")
     assert "not protected" in report["stderr"]
+
+
+@pytest.mark.skipif(not LINUX, reason="limits need Linux and prlimit")
+def test_a_fork_bomb_leaves_room_for_the_next_program(monkeypatch):
+    """Without namespaces its dead count until the system's first process has collected them."""
+    monkeypatch.setattr(sandbox, "_VARIANTS", ())
+    sandbox.find_sandbox.cache_clear()
+    try:
+        used = sandbox.get_sandbox(unsafe=True)
+    finally:
+        monkeypatch.undo()
+        sandbox.find_sandbox.cache_clear()
+    bomb = "import os\nwhile True:\n try: os.fork()\n except OSError: pass"
+    assert used.options is None
+    assert used.run([used.python, "-I", "-c", bomb], bounds(cpu_s=1, wall_s=2)).stop == "time_limit"
+    assert used.run(["/bin/sh", "-c", "/bin/echo one; /bin/echo two"], bounds()).stdout == b"one\ntwo\n"
+
+
+def test_what_needs_the_sandbox_is_documented():
+    text = (ROOT / "docs/VERIFIERS.md").read_text()
+    assert hostile.NEEDS_SANDBOX.keys() <= hostile.PROGRAMS.keys()
+    for name, reason in hostile.NEEDS_SANDBOX.items():
+        assert f"| `{name}` | {reason} |" in text
 
 
 def test_without_bubblewrap_the_judge_refuses(monkeypatch):

@@ -85,10 +85,11 @@ def test_last_box(text, content):
 
 
 def test_extraction_is_linear():
-    parts = (r"\boxed{", r"\boxed{1}", "{", "\\", r"\boxed ", "$", r"\boxed{}", "</think>")
+    parts = (r"\boxed{", r"\boxed{1}", "{", "\\", r"\boxed ", "$", r"\boxed{}", "</think>", "a", "answer is a ")
     for text in (part * (300_000 // len(part)) for part in parts):
         started = time.perf_counter()
         extraction.last_box(text)
+        extraction.stated_answer("answer: " + text[:7900])
         assert time.perf_counter() - started < 2.0, text[:20]
 
 
@@ -156,6 +157,58 @@ def test_extraction_is_linear():
 )
 def test_answers_equal(pred, gold, equal):
     assert (answers_equal(pred, gold).outcome == "correct") is equal
+
+
+@pytest.mark.parametrize(
+    "pred, gold, equal",
+    [
+        ("p=5,q=2;p=7,q=3", r"p = 5, q = 2 \quad \text{and} \quad p = 7, q = 3", True),
+        ("q=3,p=7;q=2,p=5", "p=5,q=2 or p=7,q=3", True),
+        ("p=5,q=3;p=7,q=2", "p=5,q=2;p=7,q=3", False),  # the same four equations, other pairs
+        ("p=5,q=3,p=7,q=2", "p=5,q=2,p=7,q=3", False),
+        ("p=5,q=2", "p=5,q=2;p=7,q=3", False),
+        ("y=3,x=1,x=2", "x=1,x=2,y=3", True),  # no pairs: a plain list
+        ("p=5,q=2;p=7,q=3;p=7,q=3", "p=5,q=2;p=7,q=3", False),
+        ("p=5,q=2;p=7,q=9^{9^{9^{9}}}", "p=5,q=2;p=7,q=3", None),
+        ("f(t)=t^2+1", "f(x)=x^2+1", True),
+        ("f(t)=x^2+1", "f(x)=x^2+1", False),
+        ("f(t)=t+x", "f(x)=x+x", False),
+        ("g(t)=t^2+1", "f(x)=x^2+1", False),
+        (r"f(t)=\exp(t)", r"f(x)=\exp(x)", True),
+    ],
+)
+def test_solutions_and_functions(pred, gold, equal):
+    outcome = {True: "correct", False: "wrong", None: "timeout"}[equal]
+    assert answers_equal(pred, gold).outcome == outcome
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("The answer is 4", "4"),
+        ("Final Answer: The largest $n$ is 34. I hope it is correct.", "34"),
+        ("Final answer: Jane started 3 hours ago.", r"3\text{ hours ago}"),
+        ("first the answer is 5, then the answer is $\\frac12$", r"\frac12"),
+        ("answer: -3.5", "-3.5"),
+        ("answer is 1,000.99", "1,000.99"),
+        ("The answer is 5 cm", r"5\text{ cm}"),
+        ("answer is 2x+3", None),
+        ("answer is 3 + 4i", None),
+        ("answer is x = 3", None),
+        ("answer is 3 or 4", None),
+        ("The answer is not 5", None),
+        ("I checked 17 cases", None),
+    ],
+)
+def test_stated_answer(text, answer):
+    assert extraction.stated_answer(text) == answer
+
+
+def test_a_stated_answer_counts_for_answers_only():
+    assert answers_equal("So the answer is 4.", "4").outcome == "correct"
+    assert answers_equal("The answer is 5 cm.", r"5\text{ m}").outcome == "wrong"
+    assert verify_math("So the answer is 4.", "4").outcome == "unparseable"
+    assert verify_math(r"\boxed{5}", "no: the answer is 5").outcome != "correct"  # never read from a reference
 
 
 def test_units_can_be_relaxed():
@@ -273,19 +326,18 @@ def excluded(row):
         return "rounding to fewer than 4 digits"
     if config.get("strict") is False:
         return "variables renamed"
-    outside = _FORMULA.sub("\0", pred)
-    answer_in_words = "\0" not in outside or re.search(r"\d", outside.rpartition("\0")[2])
-    if not extraction.boxes(pred) and len(re.findall(r"[A-Za-z]{2,}", outside)) >= 2 and answer_in_words:
-        return "prose without a box"
+    prose = len(re.findall(r"[A-Za-z]{2,}", _FORMULA.sub("", pred))) >= 2
+    if not extraction.boxes(pred) and prose and not _FORMULA.search(pred):
+        return "prose without a box or a formula"
     return None
 
 
 # Cases on which we differ on purpose or by choice, with the reason.
 DISAGREEMENTS = {
+    "g0136": "a long solution without a box that never says which number is its answer",
+    "g0157": "as g0136: the last formula is an inequality, the answer stands in the prose behind it",
     "g0166": "the last box is an intermediate 255: the policy takes boxes only",
-    "g0210": "W(x) against W(n): the variables differ",
     "g0247": "prose around a currency sign, no box",
-    "g0248": "pairs p=5,q=2;p=7,q=2 against a flat list of four equations",
     "g0371": "2.33 is not 2.333...: a rounded number is not the exact one",
     "g0372": "2.3 is not 2.333...",
     "g0422": "2.6667 is not 8/3",
@@ -313,8 +365,8 @@ def test_graders_sample():
 def test_graders_all():
     kept, agreed = check_graders(jsonl(Path(SHARED) / "graders" / "math_grader_triples.jsonl"))
     print(f"graders: {agreed} of {kept} cases agree")
-    assert kept >= 235
-    assert agreed / kept >= 0.95
+    assert kept == 246
+    assert agreed / kept >= 0.97
 
 
 # ---- real model outputs
@@ -357,12 +409,21 @@ FUZZ_EXAMPLES = int(os.environ.get("SDZERO_FUZZ", "2000"))
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=FUZZ_EXAMPLES, deadline=None, derandomize=True, database=None)
-@hypothesis.given(body=FUZZ, gold=FUZZ)
-def test_fuzz(body, gold):
-    settings = MathSettings(deadline=2.0)
-    for text, call in ((body, answers_equal), (rf"\boxed{{{body}}}", verify_math)):
-        started = time.monotonic()
-        verdict = call(text, gold, settings)
-        assert time.monotonic() - started < 3.0, (text, gold)
-        assert (verdict.reward is None) == (verdict.outcome in ("timeout", "error", "gold_unparseable"))
+def test_fuzz():
+    slowest = (0.0, "", "")
+
+    @hypothesis.settings(max_examples=FUZZ_EXAMPLES, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(body=FUZZ, gold=FUZZ)
+    def check(body, gold):
+        nonlocal slowest
+        settings = MathSettings(deadline=2.0)
+        for text, call in ((body, answers_equal), (rf"\boxed{{{body}}}", verify_math)):
+            started = time.monotonic()
+            verdict = call(text, gold, settings)
+            seconds = time.monotonic() - started
+            slowest = max(slowest, (seconds, text, gold))
+            assert seconds < 3.0, (text, gold)
+            assert (verdict.reward is None) == (verdict.outcome in ("timeout", "error", "gold_unparseable"))
+
+    check()
+    print(f"fuzz: {FUZZ_EXAMPLES} examples, the slowest verdict took {slowest[0]:.2f} s: {slowest[1:]}")

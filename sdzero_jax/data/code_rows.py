@@ -8,7 +8,8 @@
       the tests call the program's functions, or are a C++ main compiled after it
   {"style": "call", "fn_name": name, "cases": [{"input", "output"}, ...]}         LiveCodeBench
       Solution().name (or name) on one JSON value per line of input gives output, JSON too
-and may hold "time_limit" (seconds) and "memory_limit" (MB). Nothing here runs a program,
+and may hold "time_limit" (seconds), "memory_limit" (MB) and "language": what was asked for, so that a
+fenced block without a name is read in it. Nothing here runs a program,
 and what is pickled in a row is read without the power to call anything.
 """
 
@@ -100,7 +101,7 @@ def codeforces(row: Row, name: str, language: str) -> Question:
     if row.get("input_mode") not in (None, "stdio"):
         raise BadRow("reads and writes files")
     tests = stdio_tests(row.get("official_tests") or row.get("examples"), row)
-    tests["complete"] = bool(row.get("official_tests_complete"))
+    tests |= {"complete": bool(row.get("official_tests_complete")), "language": language}
     sections = [f"# {row.get('title') or row['id']}", row.get("description")]
     for title, field in (("Input", "input_format"), ("Output", "output_format"), ("Note", "note")):
         sections += [f"## {title}\n\n{row[field]}"] if row.get(field) else []
@@ -139,7 +140,7 @@ def live_code_bench(row: Row, name: str) -> Question:
         function = json.loads(row.get("metadata") or "{}").get("func_name")
         row_id = row["question_id"]
         metadata = {key: str(row[key]) for key in ("difficulty", "platform", "contest_date") if key in row}
-    tests = stdio_tests(cases)
+    tests = stdio_tests(cases) | {"language": "python"}
     if function:
         tests = {"style": "call", "fn_name": function, "cases": tests["cases"]}
         body = f"{body.strip()}\n\nUse this head.\n\n```python\n{starter.rstrip()}\n```"

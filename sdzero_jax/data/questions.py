@@ -135,7 +135,8 @@ def question_of(row: Row, mapping: FieldMapping, name: str, number: int) -> Ques
     if mapping.kind == "code":
         from sdzero_jax.data.code_rows import stdio_tests
 
-        metadata |= {"language": mapping.language, "tests": stdio_tests(row.get(mapping.tests), row)}
+        tests = stdio_tests(row.get(mapping.tests), row) | {"language": mapping.language}
+        metadata |= {"language": mapping.language, "tests": tests}
         return Question(question_id, prompt.strip(), (), "code", metadata)
     answer_field = field_of(row, mapping.answer, ANSWER_FIELDS, "answer")
     gold = gold_answers(row[answer_field], must_be_boxed=answer_field == "solution")

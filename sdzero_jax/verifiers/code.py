@@ -226,9 +226,11 @@ def _compile(sandbox: Sandbox, program: Program, headers, limits: Limits) -> byt
     run = sandbox.run(["/bin/sh", "-c", script, "compile", f"{BOX}/main.cpp"], bounds, files=files)
     if run.stop:
         raise _DoesNotCompile(f"the compiler passed its limit: {run.stop}")
+    if b"Cannot fork" in run.stderr or b"Resource temporarily unavailable" in run.stderr:
+        raise SandboxError("no process is left to compile with")  # other programs' doing, not this one's
     if run.returncode or not run.stdout:
-        errors = [line for line in run.stderr.decode("utf-8", "replace").splitlines() if "error" in line]
-        raise _DoesNotCompile((errors or ["the compiler failed"])[0][:300])
+        errors = [line for line in run.stderr.decode("utf-8", "replace").splitlines() if "error" in line.lower()]
+        raise _DoesNotCompile((errors or [_last_line(run.stderr) or "the compiler failed"])[0][:300])
     return run.stdout
 
 

@@ -52,6 +52,10 @@ def compare(pred: str, gold: str, rules: Rules = Rules()) -> Comparison:
         verdict = rule(pred, gold, rules)
         if verdict is not None:
             return verdict
+    pred = normalise.with_argument_of(pred, gold)
+    verdict = _by_assignments(pred, gold, rules)
+    if verdict is not None:
+        return verdict
     pred, gold, verdict = _without_units(normalise.without_lead(pred), normalise.without_lead(gold), rules)
     if verdict is not None:
         return verdict
@@ -170,6 +174,32 @@ def _by_brackets(pred: str, gold: str, rules: Rules) -> Comparison | None:
     """A set written with braces is not the tuple of its members."""
     kinds = {normalise.bracket_kind(pred), normalise.bracket_kind(gold)}
     return _decided(False, "a set and a tuple") if kinds == {"set", "tuple"} else None
+
+
+def _by_assignments(pred: str, gold: str, rules: Rules) -> Comparison | None:
+    """Several solutions "p=5, q=2; p=7, q=3" are pairs, not a set of four equations."""
+    p, g = normalise.assignments(pred), normalise.assignments(gold)
+    if not p or not g or max(len(p), len(g)) < 2:
+        return None
+    if len(p) != len(g):
+        return _decided(False, "number of solutions")
+    for solution in p:
+        statuses = [_assignment(solution, other, rules) for other in g]
+        if "equal" in statuses:
+            del g[statuses.index("equal")]
+        elif set(statuses) <= {"different", "unreadable"}:
+            return _decided(False, "solutions")
+        else:
+            return None  # a comparison failed, which says nothing about the answer
+    return _decided(True, "solutions")
+
+
+def _assignment(pred: dict[str, str], gold: dict[str, str], rules: Rules) -> Status:
+    """Compares two solutions; the first pair of values that is not equal decides."""
+    if pred.keys() != gold.keys():
+        return "different"
+    statuses = (compare(pred[name], gold[name], rules).status for name in gold)
+    return next((status for status in statuses if status != "equal"), "equal")
 
 
 def _without_units(pred: str, gold: str, rules: Rules) -> tuple[str, str, Comparison | None]:

@@ -118,6 +118,39 @@ def last_formula(text: str) -> str:
     return ", ".join(span[2] for span in spans[first:])
 
 
+_CUE = re.compile(r"\banswer\b\s*(?:is\b|:|=)", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"[.!](?:\s|$)|\n")
+_NEGATED = re.compile(r"\b(?:not|no|never|isn't)\b", re.IGNORECASE)
+# Possessive, so that no text is split in two ways: words, formulas without digits, one number, words.
+_STATED = re.compile(
+    r"(?P<before>(?:[A-Za-z']++|\$[^$\d]*\$|[\s,:=]++)*?)"
+    r"(?P<number>[+-]?(?:\\?\$)?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?)"
+    r"(?P<after>(?:\s+[A-Za-z]{2,}+)*+)\s*"
+)
+_LONE_LETTER = re.compile(r"(?<![A-Za-z'])[b-zB-HJ-Z](?![A-Za-z'])")  # a variable in the open
+
+
+def stated_answer(text: str) -> str | None:
+    """What the sentence behind the last "answer is" or "answer:" gives: its only number, else its last formula.
+
+    None without such a sentence, where it is negated, and where it holds other mathematics in the open.
+    """
+    cues = list(_CUE.finditer(text[-LONGEST_SENTENCE:]))
+    if not cues:
+        return None
+    sentence = text[-LONGEST_SENTENCE:][cues[-1].end() :]
+    end = _SENTENCE_END.search(sentence)
+    sentence = sentence[: end.start()] if end else sentence
+    if _NEGATED.search(sentence):
+        return None
+    number = _STATED.fullmatch(sentence)
+    if number and not _LONE_LETTER.search(_FORMULA.sub(" ", number["before"])):
+        words = number["after"].strip()  # perhaps a unit
+        unit = f"\\text{{ {words}}}" if words and "%" not in number["number"] else ""
+        return number["number"] + unit
+    return last_formula(f"answer {sentence}") if _FORMULA.search(sentence) else None
+
+
 def strip_boxes(text: str) -> str:
     """The text without box commands; the braces they leave only group."""
     return _BOX.sub("", text)

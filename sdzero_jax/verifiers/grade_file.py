@@ -6,6 +6,7 @@ problems and the command line.
 
 import collections
 import dataclasses
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,13 +14,12 @@ from typing import Any
 
 from sdzero_jax.errors import UserError, nearest
 from sdzero_jax.examples import REWARDS
-from sdzero_jax.files import append_jsonl, parse_jsonl
+from sdzero_jax.files import parse_jsonl, write_bytes_atomic
 from sdzero_jax.verifiers.math import MathSettings
 from sdzero_jax.verifiers.pool import PoolSettings, VerifierPool
 
 RESPONSE_FIELDS = ("response", "completion", "output", "generation", "prediction", "pred")
 GOLD_FIELDS = ("gold", "answer", "target", "reference", "solution", "label")
-WRITE_EVERY = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,30 +91,25 @@ def grade_file(
 
 
 def _grade(records, numbers, golds, responses, output, pool, math, progress) -> FileSummary:
-    """Streams the verdicts; they reach the output in the file's order, as soon as those before them are there."""
+    """Grades in parallel; the output appears whole, in the file's order, or not at all."""
     from sdzero_jax.progress import Progress
 
     outcomes: collections.Counter[str] = collections.Counter()
-    waiting: dict[int, Any] = {}
-    rows: list[dict[str, Any]] = []
-    written = 0
+    rows: list[dict[str, Any]] = [{}] * len(records)
     bar = Progress("verify", len(records), unit="response") if progress else None
     try:
         with VerifierPool(pool, math) as workers:
             for index, verdict in workers.stream(golds, responses):
                 outcomes[verdict.outcome] += 1
-                waiting[index] = verdict
-                while written in waiting:
-                    rows.append(_row(numbers[written], records[written], waiting.pop(written)))
-                    written += 1
-                if output is not None and (len(rows) >= WRITE_EVERY or written == len(records)):
-                    append_jsonl(output, rows)
-                    rows = []
+                rows[index] = _row(numbers[index], records[index], verdict)
                 if bar:
                     bar.update(1, {"correct": outcomes["correct"] / outcomes.total()})
     finally:
         if bar:
             bar.close()
+    if output is not None:
+        text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+        write_bytes_atomic(output, text.encode("ascii"))
     return FileSummary(len(records), dict(outcomes))
 
 

@@ -51,7 +51,8 @@ def verify_math(response: str, gold: str | Sequence[str], settings: MathSettings
 def answers_equal(pred: str, gold: str | Sequence[str], settings: MathSettings = MathSettings()) -> Verdict:
     """As `verify_math` for an answer given as such: without a box the whole text is the answer.
 
-    Boxes with only separators between them form a list here, and a sentence counts by its last formula.
+    Boxes with only separators between them form a list here; a sentence counts by the answer that it states
+    ("the answer is 4"), else by its last formula.
     """
     return _grade(pred, gold, settings, boxed_only=False)
 
@@ -85,7 +86,7 @@ def _judge(text: str, gold: str | Sequence[str], settings: MathSettings, boxed_o
     if answer is None:
         if boxed_only:
             return Verdict.of("unparseable", "no box")
-        answer = extraction.last_formula(tail)
+        answer = extraction.stated_answer(tail) or extraction.last_formula(tail)
     comparisons = []
     for candidate in golds:
         comparisons.append(compare(answer, candidate, rules))

@@ -326,3 +326,42 @@ def bracket_kind(text: str) -> str | None:
                 return None  # nested: left to the symbolic comparison
             return kind if kind == "set" or "," in inner or ";" in inner else None
     return None
+
+
+# ---- solutions and functions
+
+_SEPARATOR = re.compile(r"[,;]|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|" + _TEXT + r"\{\s*[,;]?\s*(?:and|or)\s*\}")
+_ASSIGNMENT = re.compile(r"\s*([A-Za-z](?:_\s*(?:\{\w+\}|\w))?)\s*=\s*([^=<>]+?)\s*")
+_GAPS = re.compile(r"\\(?:q?quad(?![A-Za-z])|[,;:! ])")
+
+
+def assignments(text: str) -> list[dict[str, str]] | None:
+    """[{"p": "5", "q": "2"}, ...] of "p=5, q=2; p=7, q=3", a new solution where a name comes again; else None.
+
+    Only where each solution names the same two or more: anything else is a plain list.
+    """
+    solutions: list[dict[str, str]] = [{}]
+    for part in _SEPARATOR.split(_GAPS.sub(" ", text)):
+        match = _ASSIGNMENT.fullmatch(part)
+        if not match:
+            return None
+        name, value = re.sub(r"[\s{}]", "", match[1]), match[2]
+        if name in solutions[-1]:
+            solutions.append({})
+        solutions[-1][name] = value
+    alike = all(solution.keys() == solutions[0].keys() for solution in solutions)
+    return solutions if alike and len(solutions[0]) > 1 else None
+
+
+_FUNCTION = re.compile(r"\s*([A-Za-z])\s*\(\s*([A-Za-z])\s*\)\s*=")
+
+
+def with_argument_of(pred: str, gold: str) -> str:
+    """f(t) = t^2 as f(x) = x^2 where the reference calls the argument x: its name means nothing."""
+    p, g = _FUNCTION.match(pred), _FUNCTION.match(gold)
+    if not p or not g or p[1] != g[1] or p[2] == g[2]:
+        return pred
+    letters = re.findall(r"\\[A-Za-z]+|[A-Za-z]", re.sub(_TEXT_COMMAND, "", pred))
+    if g[2] in letters:
+        return pred  # it stands for something else there
+    return re.sub(r"\\[A-Za-z]+|" + p[2], lambda m: g[2] if m[0] == p[2] else m[0], pred)

@@ -230,6 +230,7 @@ class Running:
         self._folder: str | None = None
         self._info = -1
         self._init: int | None = None  # the namespace's first process, once asked for
+        self._killed: set[int] = set()  # without a sandbox: processes found by their mark
         with contextlib.ExitStack() as stack:
             self.group = stack.enter_context(Group(bounds.memory_mb * MIB, bounds.processes + 8))
             stack.callback(self._close)
@@ -379,6 +380,7 @@ class Running:
             found = [
                 pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _has_mark(pid, mark)
             ]
+            self._killed |= set(found)
             for pid in found:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
@@ -437,7 +439,15 @@ class Running:
         self.returncode = self.process.returncode = os.waitstatus_to_exitcode(status)
         if not self.sandboxed:
             self._kill_marked()
+            self._await_killed()
         self.group.kill()
+
+    def _await_killed(self) -> None:
+        """Waits until the system's first process has collected the dead: till then they count against the
+        number of processes, and the next program could not start any."""
+        deadline = time.monotonic() + GRACE_S
+        while any(os.path.exists(f"/proc/{pid}") for pid in self._killed) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def result(self) -> Result:
         """Reads the run's end. Raises SandboxError when the sandbox and not the program failed."""
