@@ -21,6 +21,7 @@ from sdzero_jax.methods import SrtData
 from sdzero_jax.models import DecoderConfig
 from sdzero_jax.objectives import CrossEntropy, SelfDistillation
 from sdzero_jax.optimizer import OptimizerConfig
+from sdzero_jax.problems import ProblemsConfig
 from sdzero_jax.prompts import PHRASES
 from sdzero_jax.rollouts import SamplingConfig
 from sdzero_jax.sampler import SamplerConfig
@@ -31,9 +32,16 @@ from sdzero_jax.teacher import TeacherConfig
 
 @dataclasses.dataclass(frozen=True)
 class BaseConfig:
-    """Training the embedded task's base model from scratch."""
+    """The model to start from: pretrained, or trained here from random weights.
 
-    steps: Annotated[int, "training steps"] = 1000
+    An embedded task brings its corpus; with real questions the model is trained on reference solutions.
+    """
+
+    pretrained: Annotated[str, "Hugging Face folder, gs:// path or hub id to start from; empty: train one"] = ""
+    steps: Annotated[int, "training steps; 0 leaves the weights random"] = 1000
+    batch_size: Annotated[int, "reference solutions per step"] = 32
+    max_length: Annotated[int, "longest question with solution, in tokens; longer ones are dropped"] = 512
+    questions: Annotated[int, "training questions whose solutions are read"] = 1024
     cache_dir: Annotated[str, "trained base models are kept here, by a hash of their settings"] = "runs/.cache"
     objective: CrossEntropy = CrossEntropy()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_fraction=0.05)
@@ -89,6 +97,7 @@ class Config:
     seed: Annotated[int, "root of all random numbers but the task's"] = 0
     phrases: Annotated[str, "preset of control phrases"] = "embedded"
     task: TaskConfig = TaskConfig()
+    problems: ProblemsConfig = ProblemsConfig()
     mesh: MeshConfig = MeshConfig()
     sampler: SamplerConfig = SamplerConfig()
     base: BaseConfig = BaseConfig()
@@ -104,7 +113,8 @@ def validate(config: Config) -> None:
     """Refuses settings that cannot work together, before anything is computed or written."""
     settings.check(config)
     positive = {
-        "base.steps": config.base.steps,
+        "base.batch_size": config.base.batch_size,
+        "base.questions": config.base.questions,
         "srt.epochs": config.srt.epochs,
         "srt.batch_size": config.srt.batch_size,
         "distill.questions": config.distill.questions,
@@ -130,6 +140,12 @@ def validate(config: Config) -> None:
     for name, value in positive.items():
         if value < 1:
             raise UserError(f"{name} is {value}; wanted at least 1")
+    if config.base.steps < 0:
+        raise UserError(f"base.steps is {config.base.steps}; wanted 0 (random weights) or more")
+    if config.base.pretrained and not config.problems.train:
+        raise UserError("base.pretrained is set, but not problems.train: an embedded task has a tokenizer of its own")
+    if not 0 < config.problems.validation_share < 1:
+        raise UserError(f"problems.validation_share is {config.problems.validation_share}; wanted between 0 and 1")
     if config.phrases not in PHRASES:
         raise UserError(f"unknown phrases={config.phrases!r}{nearest(config.phrases, PHRASES)}")
     if config.distill.sampling.max_new_tokens > config.distill.layout.max_response:

@@ -17,7 +17,7 @@ import jax
 from sdzero_jax import objectives, settings, sharding
 from sdzero_jax.analysis import localisation_summary, write_report
 from sdzero_jax.analysis.token_scores import localisation_records
-from sdzero_jax.batches import sequence_batch
+from sdzero_jax.batches import response_sequence, sequence_batch
 from sdzero_jax.checkpoint import Checkpointer, save_params
 from sdzero_jax.chunks import ChunkLog
 from sdzero_jax.collect import collect
@@ -30,6 +30,7 @@ from sdzero_jax.files import write_json_atomic
 from sdzero_jax.health import judge_keep_rate, length_collapse
 from sdzero_jax.methods import SRT_STAGES, CorpusSource, DistillSource, SequenceSource, srt_sequences
 from sdzero_jax.optimizer import learning_rate_schedule, make_optimizer
+from sdzero_jax.problems import demonstration
 from sdzero_jax.progress import say
 from sdzero_jax.rollouts import RolloutIterator, sample_responses, sample_revisions
 from sdzero_jax.runs import Run
@@ -59,19 +60,48 @@ def run_stage(run: Run, stage: str) -> dict[str, Any]:
 
 
 def base(run: Run, folder: pathlib.Path) -> dict[str, Any]:
-    """Trains the embedded task's base model from random weights."""
+    """The model to start from: checked when it is pretrained, else trained from random weights."""
     config = run.config.base
-    params = jax.jit(run.model.init)(jax.random.key(run.config.seed))
-    state = train_cross_entropy(run, "base", folder, params, CorpusSource(run.task.corpus_batch), config.steps, config)
-    save_params(folder / "params", state.params, run.provenance)
+    if config.pretrained:
+        run.pretrained()
+        return {"pretrained": config.pretrained}
+    params = random_params(run)
+    if config.steps:
+        source = CorpusSource(run.task.corpus_batch) if not run.config.problems.train else solutions(run)
+        params = train_cross_entropy(run, "base", folder, params, source, config.steps, config).params
+    save_params(folder / "params", params, run.provenance)
     return {"steps": config.steps}
+
+
+def random_params(run: Run):
+    """Random weights of the seed, made in their shards."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract_params())
+    with sharding.use(run.mesh):
+        return jax.jit(run.model.init, out_shardings=places)(jax.random.key(run.config.seed))
+
+
+def solutions(run: Run) -> SequenceSource:
+    """Reference solutions of the training questions, for supervised fine-tuning (SFT)."""
+    config, tokenizer = run.config.base, run.problems.tokenizer
+    sequences = []
+    for question in run.problems.questions("train", config.questions):
+        if solution := demonstration(question):
+            response = [*tokenizer.encode(solution), tokenizer.end_id]
+            sequences.append(response_sequence(tokenizer.encode_prompt(question.prompt), response))
+    fitting = [sequence for sequence in sequences if len(sequence.tokens) <= config.max_length]
+    if not fitting:
+        raise UserError(
+            f"none of {config.questions} training questions has a reference solution within base.max_length="
+            f"{config.max_length} tokens; set base.pretrained, or base.steps=0 for random weights"
+        )
+    return SequenceSource(fitting, config.batch_size, config.max_length, run.config.seed)
 
 
 def collect_traces(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     """Samples first attempts and revisions from the base model and grades them."""
     config = run.config.collect
     params, _ = run.params("base")
-    questions = run.task.questions("train", config.questions)
+    questions = run.problems.questions("train", config.questions)
     _, summary = collect(
         folder / "traces.jsonl", config, run.domain, run.sampler(), params, questions, seed=run.config.seed
     )
@@ -164,7 +194,7 @@ def distill_round(run: Run, folder: pathlib.Path, reviser_params, number: int):
         config.optimizer, learning_rate=config.optimizer.learning_rate * config.round_scale ** (number - 1)
     )
     steps = max(config.passes * config.questions // config.batch_size, 1)
-    questions = run.task.questions("train", config.questions)
+    questions = run.problems.questions("train", config.questions)
     order = shuffled_batches(questions, config.batch_size, seed=run.config.seed * 1000 + number)
     rollouts = RolloutIterator(
         order, run.domain, run.sampler(config.batch_size), config.sampling,
@@ -191,7 +221,7 @@ def distill_round(run: Run, folder: pathlib.Path, reviser_params, number: int):
 def distill_hooks(run: Run, number: int) -> Hooks:
     """Accuracy on validation questions, gated teacher synchronisation, and the length gate."""
     config = run.config.distill
-    questions = run.task.questions("validation", config.validation_questions)
+    questions = run.problems.questions("validation", config.validation_questions)
 
     def validate(params, step):
         rollouts = sample_responses(
@@ -221,7 +251,7 @@ def distill_hooks(run: Run, number: int) -> Hooks:
 
 def measure_keep_rate(run: Run, params, label: str) -> float:
     """Share of the model's own right answers on validation questions that its revision keeps right."""
-    questions = run.task.questions("validation", run.config.health.questions)
+    questions = run.problems.questions("validation", run.config.health.questions)
     sampling = run.config.evaluate.sampling
     seed = run.config.seed
     attempts = sample_responses(run.domain, run.sampler(), params, questions, sampling, label=label, seed=seed)
@@ -244,7 +274,7 @@ def check_provenance(trained: dict[str, Any], current: dict[str, Any]) -> None:
 def evaluate_models(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     """Evaluates every model of the run on the test questions."""
     config = run.config.evaluate
-    questions = run.task.questions("test", config.questions)
+    questions = run.problems.questions("test", config.questions)
     results: dict[str, Any] = {}
     base_records = None
     for name, load in models_of(run).items():
@@ -276,14 +306,14 @@ def localise(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     """Scores the tokens of the reviser's own responses: does the divergence find the first error?"""
     config = run.config.localisation
     params, _ = run.params("srt")
-    questions = run.task.questions("validation", config.questions)
+    questions = run.problems.questions("validation", config.questions)
     rollouts = sample_responses(
         run.domain, run.sampler(), params, questions, run.config.distill.sampling,
         label="localise", seed=run.config.seed,
     )  # fmt: skip
     records = localisation_records(
         run.model, params, params, rollouts, run.domain, run.config.distill.layout,
-        lambda rollout: run.task.first_error(rollout.question, rollout.response_ids),
+        run.problems.first_error,
         divergence=run.config.distill.objective.divergence,
         batch_size=sharding.batch_devices(run.mesh) * 64, mesh=run.mesh,
     )  # fmt: skip
@@ -355,7 +385,9 @@ def _copy_base_metrics(run: Run) -> None:
     """The base's curves lie in the cache; the report reads the run directory only."""
     target = run.directory / "base"
     target.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(run.folder("base") / "metrics.jsonl", target / "metrics.jsonl")
+    metrics = run.folder("base") / "metrics.jsonl"
+    if metrics.exists():  # a base that was trained here
+        shutil.copyfile(metrics, target / "metrics.jsonl")
 
 
 def _optimizer(config: OptimizerConfig, steps: int):

@@ -20,15 +20,16 @@ from sdzero_jax.config import Config
 from sdzero_jax.errors import UserError
 from sdzero_jax.files import read_json, write_json_atomic
 from sdzero_jax.locks import exclusive
-from sdzero_jax.models import LanguageModel
+from sdzero_jax.models import RUNTIME_FIELDS, LanguageModel, load_pretrained
+from sdzero_jax.problems import Problems, RealProblems, TaskProblems, open_tokenizer
 from sdzero_jax.progress import say
 from sdzero_jax.prompts import control_phrases
 from sdzero_jax.rollouts import Domain, check_sampling
 from sdzero_jax.sampler import Sampler
-from sdzero_jax.tasks import make_task
+from sdzero_jax.tasks import Task, make_task
 
 # Settings that say where files lie: they may change from one call to the next.
-PLACES = ("run_dir", "base.cache_dir")
+PLACES = ("run_dir", "base.cache_dir", "problems.data_dir")
 
 # The stage that each one needs, and with it everything before.
 BEFORE: dict[str, str | None] = {
@@ -67,26 +68,37 @@ class Run:
         return sharding.make_mesh(self.config.mesh)
 
     @functools.cached_property
-    def task(self):
+    def task(self) -> Task:
+        """The embedded task; only for runs without real questions."""
         return make_task(self.config.task)
 
     @functools.cached_property
+    def problems(self) -> Problems:
+        """The run's questions and verdicts; the processes that grade end with the run."""
+        config = self.config
+        if not config.problems.train:
+            return TaskProblems(self.task)
+        problems = RealProblems(config.problems, open_tokenizer(config.problems, config.base.pretrained))
+        self._locks.callback(problems.close)
+        return problems
+
+    @functools.cached_property
     def model(self) -> LanguageModel:
-        size = self.task.tokenizer.vocab_size
-        if self.config.model.vocab_size != size:
+        rows, size = self.config.model.vocab_size, self.problems.tokenizer.vocab_size
+        real = bool(self.config.problems.train)  # a real model's table may be padded beyond its tokenizer's ids
+        if rows < size or (rows > size and not real):
             raise UserError(
-                f"model.vocab_size={self.config.model.vocab_size}, but the tokenizer of task "
-                f"{self.config.task.name} has {size} tokens; set model.vocab_size={size}"
+                f"model.vocab_size={rows}, but the tokenizer of {self.problems.name} has {size} tokens; "
+                f"set model.vocab_size={size}"
             )
         return LanguageModel(self.config.model)
 
     @functools.cached_property
     def domain(self) -> Domain:
-        task = self.task
         return Domain(
-            tokenizer=task.tokenizer,
+            tokenizer=self.problems.tokenizer,
             phrases=control_phrases(self.config.phrases),
-            verify=lambda questions, texts: [task.verify(q, text) for q, text in zip(questions, texts)],
+            verify=self.problems.verify,
         )
 
     @functools.cached_property
@@ -122,7 +134,9 @@ class Run:
         config = self.config
         if stage == "base":
             base = dataclasses.replace(config.base, cache_dir="")  # where it lies does not change it
-            return settings.digest(config.model, config.task, base, config.seed)
+            problems = dataclasses.replace(config.problems, data_dir="")
+            asked = problems if config.problems.train else config.task
+            return settings.digest(config.model, asked, base, config.seed)
         own = {
             "collect": (config.collect, config.phrases),
             "srt": (config.srt,),
@@ -144,10 +158,22 @@ class Run:
         return read_json(path) if path.exists() else None
 
     def params(self, stage: str, name: str = "params"):
-        """Final parameters of a finished stage."""
+        """Final parameters of a finished stage; a pretrained base is read where it lies."""
         self.need(stage)
+        if stage == "base" and self.config.base.pretrained:
+            return self.pretrained(), self.provenance
         params, metadata = load_params(self.folder(stage) / name, self.abstract_params())
         return params, metadata
+
+    def pretrained(self):
+        """Parameters of `base.pretrained`, placed on the mesh; UserError when it is another model."""
+        path, config = self.config.base.pretrained, self.config.model
+        model, params = load_pretrained(path, mesh=self.mesh, dtype=config.param_dtype)
+        same = {name: getattr(config, name) for name in (*RUNTIME_FIELDS, "max_position")}
+        changed = settings.differences(dataclasses.replace(model.config, **same), config)
+        if changed:
+            raise UserError(f"{path} is another model than the config's (file -> config): {'; '.join(changed[:5])}")
+        return params
 
     def need(self, stage: str) -> dict[str, Any]:
         result = self.result(stage)
@@ -172,11 +198,12 @@ def open_run(config: Config, stage: str | None = None, fork: bool = False) -> Ru
     A directory of another config is refused with the differences; with `fork` its stages that do
     not depend on them are copied to a new directory, where the run goes on.
     """
-    check_fit(Run(config))
+    run = Run(config)
+    check_fit(run)
     directory = pathlib.Path(config.run_dir)
     recorded = directory / "config.json"
     if stage and BEFORE[stage]:
-        Run(config).need(BEFORE[stage])
+        run.need(BEFORE[stage])
     if recorded.exists():
         old = read_json(recorded)
         changed = settings.differences(old, dataclasses.asdict(config), ignore=PLACES)
@@ -187,33 +214,41 @@ def open_run(config: Config, stage: str | None = None, fork: bool = False) -> Ru
                 "directory from the stages that do not change, or set run_dir="
             )
         if changed:
-            config = _fork(config, directory)
-    return Run(config)
+            return Run(_fork(config, directory))
+    return run
 
 
 def check_fit(run: Run) -> None:
     """Refuses settings that do not fit the task, the model's context or the devices."""
-    config, model, task = run.config, run.model, run.task
+    config, model, problems = run.config, run.model, run.problems
     phrase = max(len(run.domain.phrase_ids(reward)) for reward in (0.0, 1.0))
     for name in ("collect", "distill", "evaluate"):
         sampling = getattr(config, name).sampling
         check_sampling(sampling, f"{name}.sampling")
         revision = 0 if name == "distill" else phrase + sampling.max_new_tokens
-        longest = task.max_prompt_tokens + 1 + sampling.max_new_tokens + revision
+        longest = problems.max_prompt_tokens + sampling.max_new_tokens + revision
         if longest > model.config.max_position:
             raise UserError(
                 f"{name}.sampling.max_new_tokens={sampling.max_new_tokens} needs contexts of {longest} tokens, "
                 f"but model.max_position={model.config.max_position}; lower the former or raise the latter"
             )
     layout = config.distill.layout
-    if layout.max_prompt < task.max_prompt_tokens + 1:
+    if layout.max_prompt < problems.max_prompt_tokens:
         raise UserError(
-            f"distill.layout.max_prompt={layout.max_prompt}, but prompts of task {config.task.name} have up to "
-            f"{task.max_prompt_tokens + 1} tokens"
+            f"distill.layout.max_prompt={layout.max_prompt}, but prompts of {problems.name} have up to "
+            f"{problems.max_prompt_tokens} tokens; raise the former"
         )
     parts = sharding.batch_devices(run.mesh)
     sizes = {"srt.batch_size": config.srt.batch_size, "distill.batch_size": config.distill.batch_size}
-    sizes |= {f"the corpus batch of {kind} attempts": shape.batch for kind, shape in task.corpus_shapes().items()}
+    if config.problems.train:
+        sizes["base.batch_size"] = config.base.batch_size
+        asked = {"train": max(config.collect.questions, config.distill.questions), "test": config.evaluate.questions}
+        asked["validation"] = max(config.distill.validation_questions, config.health.questions)
+        for split, count in asked.items():
+            problems.questions(split, count)
+    else:
+        shapes = run.task.corpus_shapes().items()
+        sizes |= {f"the corpus batch of {kind} attempts": shape.batch for kind, shape in shapes}
     for name, size in sizes.items():
         if size % parts:
             raise UserError(

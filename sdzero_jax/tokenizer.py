@@ -9,6 +9,7 @@ tool calls, multi-modal messages and slow (Python) tokenizers.
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -172,6 +173,8 @@ def _open(folder: Path, config: Mapping[str, Any], template: str) -> tuple[Any, 
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"{file}: no such file; wanted the folder of a fast tokenizer")
+    # It would otherwise say at every start that there is no PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         import jinja2  # noqa: F401  (chat templates need it, and transformers does not require it)
         from tokenizers import Tokenizer as Backend

@@ -14,11 +14,11 @@ LAYERS = [
     ("masked", "losses", "prompts", "examples", "metrics", "statistics", "chunks", "health", "settings", "topology"),
     ("ops", "sharding", "optimizer", "tokenizer", "verifiers", "data"),
     ("models", "tasks", "batches"),
-    ("sampler", "objectives", "teacher"),
-    ("rollouts", "train_step", "checkpoint"),
-    ("collect", "methods", "train", "evaluate", "analysis"),
+    ("sampler", "objectives", "teacher", "graders"),
+    ("rollouts", "train_step", "checkpoint", "problems"),
+    ("collect", "methods", "train", "evaluate", "analysis", "exchange"),
     ("config",),
-    ("runs",),
+    ("runs", "memory"),
     ("pipeline", "doctor", "configs"),
     ("run",),
 ]
@@ -101,7 +101,7 @@ def test_inits_that_must_be_empty_are_empty():
 def test_the_demo_imports_neither_transformers_nor_tfds_nor_torch():
     code = (
         "import sys; from sdzero_jax import pipeline, runs; from sdzero_jax.config import load_config; "
-        "runs.Run(load_config('configs/demo.py')).task; "
+        "runs.Run(load_config('configs/demo.py')).problems; "
         "print([m for m in ('transformers', 'tensorflow_datasets', 'torch') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

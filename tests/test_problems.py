@@ -1,0 +1,211 @@
+"""Real questions in the stages: splits, overlap, grading by kind, and a whole run on them."""
+
+import dataclasses
+import json
+
+import pytest
+
+from sdzero_jax.data import code_rows
+from sdzero_jax.data.questions import FieldMapping
+from sdzero_jax.errors import UserError
+from sdzero_jax.examples import Question
+from sdzero_jax.graders import Graders, GradersConfig, grade_countdown
+from sdzero_jax.problems import ProblemsConfig, RealProblems, demonstration, open_tokenizer
+from sdzero_jax.verifiers import PoolSettings
+from sdzero_jax.verifiers.sandbox import get_sandbox
+
+ROWS = [
+    {"id": f"q{i}", "problem": f"What is {i} + {i}?", "answer": str(2 * i), "solution": f"It is \\boxed{{{2 * i}}}."}
+    for i in range(40)
+]
+ONE_WORKER = GradersConfig(pool=PoolSettings(workers=1))
+
+
+class Letters:
+    """A tokenizer whose ids are characters; what RealProblems needs of one."""
+
+    def encode_prompt(self, prompt):
+        return list(prompt.encode())
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def ids(questions):
+    return [question.id for question in questions]
+
+
+@pytest.fixture
+def files(tmp_path):
+    return write(tmp_path / "train.jsonl", ROWS[:30]), write(tmp_path / "test.jsonl", ROWS[30:])
+
+
+def open_problems(files, **settings):
+    train, test = files
+    return RealProblems(ProblemsConfig(train=train, test=test, graders=ONE_WORKER, **settings), Letters())
+
+
+def test_splits_are_disjoint_shuffled_by_the_seed_and_carry_the_instruction_once(files):
+    problems = open_problems(files, validation_share=0.3)
+    validation = problems.questions("validation", 5)
+    train = problems.questions("train", 15)
+    assert not set(ids(train)) & set(ids(validation))
+    assert ids(problems.questions("train", 4)) == ids(train)[:4]  # a prefix, whatever was asked before
+    assert ids(train) == ids(open_problems(files, validation_share=0.3).questions("train", 15))
+    assert ids(train) != sorted(ids(train))
+    assert ids(train) != ids(open_problems(files, validation_share=0.3, seed=1).questions("train", 15))
+    assert all(question.prompt.count("\\boxed{}") == 1 for question in train)
+
+
+def test_long_prompts_are_left_out_and_too_many_questions_refused_with_the_number_there_is(files):
+    shortest = len("What is 1 + 1? ") + len(open_problems(files).questions("test", 1)[0].prompt.split("? ")[1])
+    problems = open_problems(files, max_prompt_tokens=shortest)  # one-digit questions only
+    with pytest.raises(UserError, match=r"ask for at most ([5-9]|10)$"):
+        problems.questions("train", 30)
+    assert all(int(question.gold[0]) < 20 for question in problems.questions("train", 5))
+
+
+@pytest.mark.parametrize("overlap, kept", [("allow", 30), ("drop", 28)])
+def test_overlap_with_evaluation_is_refused_unless_the_setting_says_otherwise(tmp_path, overlap, kept):
+    spelled = [dict(ROWS[0], problem="what is  $0 + 0$ ?"), dict(ROWS[1], id="other")]
+    files = write(tmp_path / "train.jsonl", ROWS[:30]), write(tmp_path / "test.jsonl", [*spelled, *ROWS[30:]])
+    validation = write(tmp_path / "validation.jsonl", [dict(ROWS[39], problem="Why?")])
+    with pytest.raises(UserError, match="overlap with evaluation: 2 with"):
+        open_problems(files, validation=validation).questions("train", 1)
+    assert len(open_problems(files, validation=validation, overlap=overlap).questions("train", kept)) == kept
+
+
+def test_bad_settings_are_refused(files, tmp_path):
+    with pytest.raises(UserError, match=r"problems\.test is not"):
+        RealProblems(ProblemsConfig(train=files[0]), Letters())
+    with pytest.raises(UserError, match="no such file"):
+        open_problems((str(tmp_path / "none.jsonl"), files[1])).questions("train", 1)
+    with pytest.raises(UserError, match=r"problems\.tokenizer or base\.pretrained"):
+        open_tokenizer(ProblemsConfig(train=files[0]), "")
+    poem = Question("p", "Write a poem", ("?",), "poem")
+    with pytest.raises(UserError, match="no verifier for questions of kind 'poem'"):
+        Graders(GradersConfig()).check([poem])
+
+
+def test_code_is_refused_where_there_is_no_sandbox(monkeypatch):
+    monkeypatch.setattr("sdzero_jax.verifiers.sandbox.find_sandbox", lambda python="": None)
+    with pytest.raises(UserError, match="bubblewrap"):
+        Graders(GradersConfig()).check([Question("c", "Sort", (), "code", {"tests": {}})])
+
+
+def test_each_kind_goes_to_its_verifier_and_verdicts_come_back_in_order():
+    try:
+        get_sandbox("", False)
+    except UserError as error:
+        pytest.skip(str(error))
+    row = {"task_id": 11, "text": "Double it", "code": "", "test_list": ["assert double(4) == 8"]}
+    code = code_rows.mbpp(row, "mbpp")
+    math = Question("m", "Half of 1?", ("\\frac{1}{2}",), "math")
+    countdown = Question("d", "Reach 23", ("23",), "countdown", {"numbers": [30, 100, 93], "target": 23})
+    program = "```python\ndef double(x):\n    return {} * x\n```"
+    asked = [code, math, countdown, code, math, countdown]
+    responses = [
+        program.format(2), "\\boxed{0.5}", "\\boxed{30+93-100}", program.format(3), "\\boxed{0.6}", "\\boxed{23}",
+    ]  # fmt: skip
+    graders = Graders(ONE_WORKER)
+    try:
+        assert [verdict.reward for verdict in graders.verify(asked, responses)] == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    finally:
+        graders.close()
+
+
+@pytest.mark.parametrize(
+    "response, outcome",
+    [
+        ("so \\boxed{(93 - 100) + 30 = 23}", "correct"),
+        ("\\boxed{30 + 93 - 100}", "correct"),
+        ("\\boxed{93 \\times 1}", "wrong"),  # other numbers
+        ("\\boxed{30 + 93 - 100 + 0}", "wrong"),
+        ("\\boxed{__import__('os')}", "wrong"),
+        ("\\boxed{30/(93-93)}", "wrong"),
+        ("\\boxed{30 + 100 - 93}", "wrong"),  # 37
+        ("30 + 93 - 100", "unparseable"),
+    ],
+)
+def test_countdown(response, outcome):
+    question = Question("d", "", ("23",), "countdown", {"numbers": [30, 100, 93], "target": 23})
+    assert grade_countdown(question, response).outcome == outcome
+
+
+def test_a_demonstration_ends_with_the_gold_answer_in_a_box():
+    solution = "48/2 = <<48/2=24>>24 clips.\n48+24 = <<48+24=72>>72 in all.\n#### 72"
+    gsm8k = Question("g", "?", ("72",), "math", {"solution": solution})
+    assert demonstration(gsm8k) == "48/2 = 24 clips.\n48+24 = 72 in all.\nThe answer is \\boxed{72}."
+    math = Question("m", "?", ("5",), "math", {"solution": "Clearly $\\boxed{5}$."})
+    assert demonstration(math) == "Clearly $\\boxed{5}$."
+    assert demonstration(Question("n", "?", ("5",), "math")) is None
+
+
+def tiny_tokenizer(folder, texts):
+    """A Hugging Face tokenizer folder of a few hundred pieces, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|end|>", "<|pad|>", "<|user|>", "<|model|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = (
+        "{% for message in messages %}<|user|>{{ message['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<|model|>{% endif %}"
+    )
+    special = {"eos_token": "<|end|>", "pad_token": "<|pad|>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0]}))
+    return str(folder), tokenizer.get_vocab_size()
+
+
+@pytest.mark.slow
+def test_a_whole_run_on_real_questions(tmp_path, monkeypatch, capsys):
+    """Every stage of the GSM8K rehearsal with a small tokenizer; what was written can be graded again."""
+    from sdzero_jax import pipeline, runs
+    from sdzero_jax.config import load_config, validate
+    from sdzero_jax.verifiers.grade_file import grade_file
+
+    config = load_config("configs/gsm8k_tiny.py")
+    questions = RealProblems(
+        dataclasses.replace(config.problems, tokenizer=""), Letters(),
+    )  # fmt: skip
+    questions.max_prompt_tokens = 10_000
+    texts = [part for q in questions.questions("train", 50) for part in (q.prompt, demonstration(q))]
+    tokenizer, size = tiny_tokenizer(tmp_path / "tokenizer", texts)
+    config = dataclasses.replace(
+        config,
+        run_dir=str(tmp_path / "run"),
+        model=dataclasses.replace(config.model, vocab_size=size),
+        problems=dataclasses.replace(
+            config.problems, tokenizer=tokenizer, graders=ONE_WORKER, fields=FieldMapping(kind="math")
+        ),
+        base=dataclasses.replace(config.base, cache_dir=str(tmp_path / "cache")),
+    )
+    validate(config)
+    with runs.open_run(config) as run:
+        summary = pipeline.run_all(run)
+    models = [name for name, value in summary.items() if isinstance(value, dict) and "avg@2" in value]
+    assert models == ["base", "srt", "sdzero"]
+    assert summary["base"]["avg@2"] > 0  # it recites, and the grader agrees
+    traces = [json.loads(line) for line in (tmp_path / "run/collect/traces.jsonl").read_text().splitlines()]
+    traces = [trace for trace in traces if "question_id" in trace]
+    assert len(traces) == 8 and all(trace["init_verdict"]["outcome"] != "error" for trace in traces)
+    report = (tmp_path / "run/report/report.html").read_text()
+    assert "gsm8k_tiny" in report
+    # Responses lie in the run as text with their gold answers: another grader finds the same rewards.
+    records = [json.loads(line) for line in (tmp_path / "run/evaluate/base.jsonl").read_text().splitlines()]
+    records = [record for record in records if "response" in record]
+    again = write(tmp_path / "again.jsonl", [{k: r[k] for k in ("response", "gold")} for r in records])
+    counts = grade_file(again).outcomes
+    assert counts.get("correct", 0) == sum(record["reward"] == 1.0 for record in records) > 0
