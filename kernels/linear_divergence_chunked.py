@@ -27,6 +27,7 @@ class Settings:
     token_transform: None or (value [n], logp_student [n], *token_inputs [n]) -> factor [n].
     tile: tokens per tile. vocab_size: columns from here on are padding (None: no padding).
     varying_axes: mesh axes of an enclosing shard_map over which the tokens are split.
+    save_logits_bytes: most bytes of log-probs that the caller keeps for the backward pass.
     """
 
     divergence: Callable
@@ -35,6 +36,7 @@ class Settings:
     vocab_size: int | None = None
     token_transform: Callable | None = None
     varying_axes: tuple[str, ...] = ()
+    save_logits_bytes: int = 0
 
 
 class Values(NamedTuple):
@@ -47,13 +49,17 @@ class Values(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What comes per token, leading axis N: hidden states, target ids, further inputs; None where absent."""
+    """What comes per token, leading axis N: hidden states, target ids, further inputs; None where absent.
+
+    kept: log-probs of student and teacher, each [N, V], that the forward pass left for the backward pass.
+    """
 
     student: jax.Array  # [N, D]
     teacher: jax.Array | None  # [N, D2]
     ids: jax.Array | None  # [N]
     cotangent: jax.Array | Values | None = None  # weights [N] of the loss form, Values of the other
     inputs: tuple[jax.Array, ...] = ()  # each [N]
+    kept: tuple[jax.Array, jax.Array | None] | None = None
 
 
 def _logits(h: jax.Array, w: jax.Array, settings: Settings) -> jax.Array:
@@ -114,6 +120,8 @@ def _entropy(logp: jax.Array) -> jax.Array:
 
 def _prepare(tokens: Tokens, w: jax.Array, w_teacher: jax.Array | None, settings: Settings):
     """Logits of the student [n, V], their normaliser, and log-probs of the teacher [n, V] or None."""
+    if tokens.kept is not None:  # log-probs are logits that are normalised already
+        return tokens.kept[0], (0.0, 0.0), tokens.kept[1]
     z = _logits(tokens.student, w, settings)
     normaliser = jax.lax.stop_gradient(_normaliser(z))
     if tokens.teacher is None:
@@ -126,10 +134,11 @@ def _values(s: jax.Array, t: jax.Array | None, ids: jax.Array | None, settings: 
     return Values(settings.divergence(s, t, ids), pick(s, ids), pick(t, ids), _entropy(s))
 
 
-def tile_values(tokens: Tokens, w: jax.Array, w_teacher: jax.Array | None, settings: Settings) -> Values:
-    """Values of all tokens at once: the body of a tile, and the dense reference."""
+def tile_values(tokens: Tokens, w: jax.Array, w_teacher: jax.Array | None, settings: Settings):
+    """(Values, log-probs of both sides) of all tokens at once: the body of a tile, and the dense reference."""
     z, normaliser, t = _prepare(tokens, w, w_teacher, settings)
-    return _values(_log_probs(z, *normaliser), t, tokens.ids, settings)
+    s = _log_probs(z, *normaliser)
+    return _values(s, t, tokens.ids, settings), (s, t)
 
 
 def token_factor(values: Values, tokens: Tokens, settings: Settings) -> jax.Array:
@@ -148,18 +157,25 @@ def weighted_sum(values: jax.Array, factor: jax.Array) -> jax.Array:
 
 def values(tokens: Tokens, w: jax.Array, w_teacher: jax.Array | None, settings: Settings) -> Values:
     """Values of all tokens, tile by tile: one product with each unembedding."""
+    return values_and_kept(tokens, w, w_teacher, settings)[0]
+
+
+def values_and_kept(tokens: Tokens, w: jax.Array, w_teacher: jax.Array | None, settings: Settings):
+    """(Values, what `Tokens.kept` takes): the log-probs of all tokens, for a backward pass without recomputing."""
 
     def body(carry, tile):
         return carry, tile_values(tile, w, w_teacher, settings)
 
-    _, out = _over_tiles(body, (), tokens, settings)
-    return out
+    return _over_tiles(body, (), tokens, settings)[1]
 
 
 def values_gradients(
     tokens: Tokens, w: jax.Array, w_teacher: jax.Array | None, settings: Settings
 ) -> tuple[jax.Array, jax.Array]:
-    """(dh [N, D] in h's dtype, dw [V, D] in float32) for cotangents of the values, by recomputation."""
+    """(dh [N, D] in h's dtype, dw [V, D] in float32) for cotangents of the values.
+
+    From `tokens.kept`, else by recomputing the logits.
+    """
 
     def body(dw, tile):
         z, normaliser, t = _prepare(tile, w, w_teacher, settings)

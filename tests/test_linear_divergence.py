@@ -386,8 +386,21 @@ def test_no_logits_of_all_tokens_exist():
 
     logits = 1024 * 4096 * 4
     assert temporaries("loss", implementation="reference") > logits
-    for form in FORMS:
-        assert temporaries(form, tile=64) < logits / 2
+    assert temporaries("loss", tile=64) < logits / 2
+    assert temporaries("token", tile=64, save_logits_bytes=0) < logits / 2
+    # The per-token form keeps both sides' log-probs exactly where the setting has room for them.
+    assert temporaries("token", tile=64, save_logits_bytes=2 * logits - 1) < logits / 2
+    assert temporaries("token", tile=64, save_logits_bytes=2 * logits) > 2 * logits
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd(0.5)", "topk(8)"])
+def test_kept_log_probs_give_the_gradients_of_recomputed_ones(divergence):
+    inputs = _inputs(n=37, vocab=101)
+    kept, recomputed = (
+        FORMS["token"](inputs, divergence=divergence, tile=8, save_logits_bytes=size) for size in (2**30, 0)
+    )
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(recomputed), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow

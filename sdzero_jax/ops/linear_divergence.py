@@ -1,8 +1,10 @@
 """From hidden states and unembeddings to per-token divergences, without ever holding [N, V] logits.
 
-Chooses the implementation (reference: dense with plain autodiff; chunked: tiles of tokens), splits the
-tokens over the mesh, and defines the derivatives: for the student's hidden states and unembedding only.
-Leaves out masks, length modes and gathering of hidden states.
+Chooses the implementation (reference: dense with plain autodiff; chunked: tiles of tokens; pallas: fused
+kernels that stream the vocabulary), splits the tokens over the mesh, and defines the derivatives: for the
+student's hidden states and unembedding only. "auto" takes chunked: the Pallas kernels were interpreted, and
+compiled for TPUs, but never run or timed on a TPU or GPU. Leaves out masks, length modes and gathering of hidden
+states.
 
 Under plain jit XLA would gather every hidden state to every device. So with a mesh set
 (`jax.set_mesh`) the tiles run inside `shard_map`, manual over the axes that split tokens, automatic
@@ -21,11 +23,16 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from kernels import linear_divergence_chunked as chunked
+from kernels import linear_divergence_fused as fused
+from kernels import linear_divergence_gpu, linear_divergence_tpu
 from kernels.linear_divergence_chunked import Settings, Tokens
 from sdzero_jax import losses
 from sdzero_jax.errors import UserError, nearest
+from sdzero_jax.losses import spec
+from sdzero_jax.losses.divergences import FULL, kl_parts
 
 IMPLEMENTATIONS = ("auto", "reference", "chunked", "pallas")
+KERNELS = {"tpu": linear_divergence_tpu, "gpu": linear_divergence_gpu}  # by platform
 TOKEN_AXES = ("data", "fsdp")  # mesh axes that split tokens
 VOCAB_AXIS = "tensor"  # mesh axis that splits the vocabulary
 # Bytes of one model's float32 logits in one tile. Measured on CPU: up to 512 tokens at 8k columns a
@@ -33,6 +40,7 @@ VOCAB_AXIS = "tensor"  # mesh axis that splits the vocabulary
 GOOD_TILE_BYTES = 16 * 2**20
 GOOD_TILE_TOKENS = 256
 MAX_TILE_BYTES = 160 * 2**20  # 256 tokens at 152k columns
+SAVE_LOGITS_BYTES = 256 * 2**20  # log-probs kept for the backward pass of the per-token form
 
 
 class PerToken(NamedTuple):
@@ -59,12 +67,14 @@ def linear_divergence(
     temperature: float = 1.0,
     tile: int | None = None,
     vocab_size: int | None = None,
+    save_logits_bytes: int = SAVE_LOGITS_BYTES,
     implementation: str = "auto",
 ) -> PerToken:
     """Per-token divergence of softmax(h w^T / temperature), student against teacher.
 
     The gradient (of value, logp_student and entropy, with respect to h_student and w_student alone)
-    recomputes every tile: six products of N x D x V where `linear_divergence_loss` needs four.
+    recomputes every tile, six products of N x D x V where `linear_divergence_loss` needs four, unless the
+    log-probs of both sides fit `save_logits_bytes`: then they are kept and four do here too.
 
     Args:
       h_student: [N, D]; its dtype is the dtype of the products, which accumulate in float32.
@@ -73,15 +83,21 @@ def linear_divergence(
       ids: [N] target ids, for the two log-probs.
       divergence: a name of `losses.get_divergence`, or a function of two [n, V] log-probs.
       temperature: both logits are divided by it, > 0.
-      tile: tokens per tile (default by `default_tile`).
+      tile: tokens per tile (default by `default_tile`); the Pallas kernels choose their own blocks.
       vocab_size: rows of w from here on are padding and count as -inf (default: no padding).
-      implementation: auto, reference, chunked or pallas.
+      save_logits_bytes: most bytes of float32 log-probs, 8 N V on each device, to keep between forward and
+        backward pass; 0 always recomputes. The chunked path alone reads it.
+      implementation: auto (takes chunked), reference, chunked or pallas.
     Returns: PerToken. An infinite value has gradient 0.
-    Raises: UserError for unknown names and unfit settings, NotImplementedError for pallas.
+    Raises: UserError for unknown names and unfit settings. NotImplementedError where pallas cannot serve:
+      divergences other than the KLs and JSD, a vocabulary split over devices, other platforms.
     """
     implementation = _check(implementation, h_student, w_student, h_teacher, w_teacher, ids)
     tokens = Tokens(h_student, h_teacher, ids)
     settings = _settings(tokens, w_student, _with_ids(divergence, ids), temperature, tile, vocab_size)
+    settings = dataclasses.replace(settings, save_logits_bytes=save_logits_bytes)
+    if implementation == "pallas":
+        settings = _fused_settings(settings, divergence)
     return _values(implementation, settings, tokens, w_student, w_teacher)
 
 
@@ -115,6 +131,8 @@ def linear_divergence_loss(
     implementation = _check(implementation, h_student, w_student, h_teacher, w_teacher, ids)
     tokens = Tokens(h_student, h_teacher, ids, token_weights, tuple(token_inputs))
     settings = _settings(tokens, w_student, _with_ids(divergence, ids), temperature, tile, vocab_size, token_transform)
+    if implementation == "pallas":
+        settings = _fused_settings(settings, divergence)
     return _loss(implementation, settings, tokens, w_student, w_teacher)
 
 
@@ -135,6 +153,8 @@ def linear_logprob(
     implementation = _check(implementation, h, w, None, None, ids)
     tokens = Tokens(h, None, ids)
     settings = _settings(tokens, w, _negative_logp, temperature, tile, vocab_size)
+    if implementation == "pallas":
+        settings = _fused_settings(settings, _negative_logp)
     return -_values(implementation, settings, tokens, w, None).value
 
 
@@ -159,6 +179,8 @@ def linear_logprob_loss(
     implementation = _check(implementation, h, w, None, None, ids)
     tokens = Tokens(h, None, ids, token_weights, tuple(token_inputs))
     settings = _settings(tokens, w, _negative_logp, temperature, tile, vocab_size, token_transform)
+    if implementation == "pallas":
+        settings = _fused_settings(settings, _negative_logp)
     return _loss(implementation, settings, tokens, w, None)
 
 
@@ -181,8 +203,6 @@ def _check(implementation, h_student, w_student, h_teacher, w_teacher, ids) -> s
     """The implementation to use; raises on unknown names, unbuilt kernels and shapes that do not fit."""
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"unknown implementation {implementation!r}{nearest(implementation, IMPLEMENTATIONS)}")
-    if implementation == "pallas":
-        raise NotImplementedError("linear_divergence has no Pallas kernel here; use auto, chunked or reference")
     fits = h_student.ndim == w_student.ndim == 2 and h_student.shape[1] == w_student.shape[1]
     if h_teacher is not None:
         fits &= h_teacher.ndim == w_teacher.ndim == 2 and h_teacher.shape[1] == w_teacher.shape[1]
@@ -223,6 +243,30 @@ def _check_transform(token_transform: Callable, n: int, inputs: tuple[jax.Array,
         raise ValueError("token_transform must work by token: pass arrays [N] as token_inputs") from error
     if not fits:
         raise ValueError("token_transform must return one factor per token it is given")
+
+
+def _platform() -> str:
+    """What the program is made for; a test puts "tpu" here to compile without one, "interpret" to run."""
+    return jax.default_backend()
+
+
+def _fused_settings(settings: Settings, divergence: str | Callable) -> fused.Settings:
+    """Settings of the fused kernels; NotImplementedError says what they cannot do."""
+    name = spec.parse(divergence)[0] if isinstance(divergence, str) else getattr(divergence, "__name__", "a function")
+    if not isinstance(divergence, str) or name not in FULL:
+        raise NotImplementedError(f"the Pallas kernels compute {', '.join(FULL)}, not {name}; use chunked")
+    name, weight = kl_parts(divergence)
+    platform = _platform()
+    if platform not in KERNELS:
+        raise NotImplementedError(f"there are Pallas kernels for {' and '.join(KERNELS)}, not {platform}; use chunked")
+    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    form = fused.Form("jsd" if name == "jsd" else "kl", weight)
+    return fused.Settings(**fields, form=form, kernel=KERNELS[platform])
+
+
+def _engine(settings: Settings):
+    """The module with values, values_gradients and loss_gradients."""
+    return fused if isinstance(settings, fused.Settings) else chunked
 
 
 def _negative_logp(student_logp, teacher_logp, ids):
@@ -267,22 +311,35 @@ def _loss(implementation, settings: Settings, tokens: Tokens, w, w_teacher) -> t
 def _dense(settings: Settings, tokens: Tokens, w, w_teacher):
     # The operator's contract: nothing flows into the teacher, whoever calls.
     teacher, w_teacher = jax.lax.stop_gradient((tokens.teacher, w_teacher))
-    return chunked.tile_values(tokens._replace(teacher=teacher), *_cast(tokens, w, w_teacher), settings)
+    return chunked.tile_values(tokens._replace(teacher=teacher), *_cast(tokens, w, w_teacher), settings)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked_values(settings, tokens, w, w_teacher):
-    run = _sharded(chunked.values, settings, tokens, sums=False)
+    run = _sharded(_engine(settings).values, settings, tokens, sums=False)
     return run(tokens, *_cast(tokens, w, w_teacher))
 
 
 def _chunked_values_fwd(settings, tokens, w, w_teacher):
-    return _chunked_values(settings, tokens, w, w_teacher), (tokens, w, w_teacher)
+    if not _keeps_logits(settings, tokens, w):
+        return _chunked_values(settings, tokens, w, w_teacher), (tokens, w, w_teacher)
+    run = _sharded(chunked.values_and_kept, settings, tokens, sums=(False, False))
+    out, kept = run(tokens, *_cast(tokens, w, w_teacher))
+    return out, (tokens._replace(kept=kept), w, w_teacher)
+
+
+def _keeps_logits(settings: Settings, tokens: Tokens, w) -> bool:
+    """Whether the log-probs of one device's tokens fit `save_logits_bytes`."""
+    sizes = _auto_axes()
+    devices = math.prod(size for name, size in sizes.items() if name in (*TOKEN_AXES, VOCAB_AXIS))
+    sides = 1 if tokens.teacher is None else 2
+    needed = 4 * sides * tokens.student.shape[0] * w.shape[0] / devices
+    return not isinstance(settings, fused.Settings) and needed <= settings.save_logits_bytes
 
 
 def _chunked_values_bwd(settings, residuals, cotangent):
     tokens, w, w_teacher = residuals
-    run = _sharded(chunked.values_gradients, settings, tokens, sums=(False, True))
+    run = _sharded(_engine(settings).values_gradients, settings, tokens, sums=(False, True))
     dh, dw = run(tokens._replace(cotangent=cotangent), *_cast(tokens, w, w_teacher))
     return Tokens(dh, None, None, None, None), dw.astype(w.dtype), None
 
@@ -293,14 +350,14 @@ _chunked_values.defvjp(_chunked_values_fwd, _chunked_values_bwd)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked_loss(settings, tokens, w, w_teacher):
     def forward(tokens, w, w_teacher, settings):
-        out = chunked.values(tokens, w, w_teacher, settings)
+        out = _engine(settings).values(tokens, w, w_teacher, settings)
         return chunked.weighted_sum(out.value, chunked.token_factor(out, tokens, settings)), out
 
     return _sharded(forward, settings, tokens, sums=(True, False))(tokens, *_cast(tokens, w, w_teacher))
 
 
 def _chunked_loss_fwd(settings, tokens, w, w_teacher):
-    run = _sharded(chunked.loss_gradients, settings, tokens, sums=(True, False, False, True))
+    run = _sharded(_engine(settings).loss_gradients, settings, tokens, sums=(True, False, False, True))
     total, out, dh, dw = run(tokens, *_cast(tokens, w, w_teacher))
     return (total, out), (dh, dw.astype(w.dtype))
 
@@ -332,6 +389,12 @@ def _auto_axes() -> dict[str, int]:
     return {name: size for name, size, kind in axes if kind == AxisType.Auto and size > 1}
 
 
+def _all_auto_axes() -> set[str]:
+    """Those of a single device too: XLA refuses to split a kernel even over them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+
+
 def _sharded(function: Callable, settings: Settings, tokens: Tokens, sums: bool | tuple[bool, ...]) -> Callable:
     """`function(tokens, w, w_teacher, settings)` with the tokens split over the mesh, if one is set.
 
@@ -342,6 +405,9 @@ def _sharded(function: Callable, settings: Settings, tokens: Tokens, sums: bool 
     axes = tuple(name for name in TOKEN_AXES if name in sizes) if n else ()
     parts = math.prod(sizes[name] for name in axes)
     local = math.ceil(n / parts)
+    fixed = isinstance(settings, fused.Settings)
+    if fixed and (others := [name for name in sizes if name not in TOKEN_AXES]):
+        raise NotImplementedError(f"the Pallas kernels take a whole vocabulary, not one split over {others}")
 
     def of_vocabulary(w):
         cut = w is not None and tensor > 1 and w.shape[0] % tensor == 0
@@ -362,7 +428,8 @@ def _sharded(function: Callable, settings: Settings, tokens: Tokens, sums: bool 
         run_and_add,
         in_specs=(P(axes), P(), P()),
         out_specs=jax.tree.map(lambda add: P() if add else P(axes), sums),
-        axis_names=set(axes),
+        axis_names=_all_auto_axes() if fixed else set(axes),
+        check_vma=not fixed,
     )
 
     def padded(tokens, w, w_teacher):
