@@ -7,6 +7,7 @@ python run.py report RUN [RUN ...]       writes the report of finished or unfini
 python run.py doctor [configs/NAME.py]   what is installed, which devices there are, what runs where
 python run.py verify FILE                grades a JSON-lines file of maths responses
 python run.py data prepare NAME          a named problem set, from the hub or from a folder (--from DIR)
+python run.py convert FROM TO            weights: Hugging Face folder or hub id <-> Orbax checkpoint
 
 Exit status: 0 done, 2 bad input, 1 a fault or a health gate, 130 / 143 stopped by a signal after
 a save. The same command goes on where it stopped.
@@ -17,7 +18,7 @@ import sys
 
 DEMO = "configs/demo.py"
 STAGES = ("base", "collect", "srt", "distill", "evaluate", "localise")
-COMMANDS = ("demo", "pipeline", *STAGES, "report", "doctor", "verify", "data")
+COMMANDS = ("demo", "pipeline", *STAGES, "report", "doctor", "verify", "data", "convert")
 
 
 def main(argv: list[str]) -> int:
@@ -109,6 +110,8 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="versions, devices, memory, what runs where")
     doctor.add_argument("config", nargs="?", default=DEMO)
     doctor.add_argument("overrides", nargs="*", metavar="a.b=c")
+    doctor.add_argument("--topology", metavar="NAME", help="a TPU slice that need not be attached, such as v5p:2x2x4")
+    doctor.add_argument("--compile", action="store_true", help="compare with the compiler's own count (minutes)")
     doctor.set_defaults(function=examine)
     verify = commands.add_parser("verify", help="grade a JSON-lines file of maths responses")
     verify.add_argument("file", help="one JSON object a line, with a response and a gold answer")
@@ -125,6 +128,14 @@ def parser() -> argparse.ArgumentParser:
     prepare.add_argument("--revision", help="commit, branch or tag of the hub's repository (default main)")
     prepare.add_argument("--force", action="store_true", help="prepare again what is there")
     prepare.set_defaults(function=prepare_data)
+    weights = commands.add_parser("convert", help="weights between Hugging Face and Orbax")
+    weights.add_argument("source", metavar="FROM", help="Hugging Face folder, hub id, gs:// path or Orbax checkpoint")
+    weights.add_argument("target", metavar="TO", help="folder to write")
+    weights.add_argument("--to", choices=("hf", "orbax"), help="form to write (default: the other one than FROM's)")
+    weights.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
+    weights.add_argument("--config", help="config file of the run that FROM comes from, where FROM does not say it")
+    weights.add_argument("--tokenizer", help="folder or hub id whose tokenizer files go along (default: FROM's)")
+    weights.set_defaults(function=convert_weights)
     return top
 
 
@@ -133,12 +144,16 @@ def _config(arguments):
     from sdzero_jax import settings
     from sdzero_jax.config import load_config, validate
 
-    path, overrides = arguments.config, list(arguments.overrides)
-    if "=" in path and not path.endswith(".py"):  # overrides without a config: the demo's
-        path, overrides = DEMO, [path, *overrides]
+    path, overrides = _split(arguments)
     config = settings.override(load_config(path), overrides)
     validate(config)
     return config
+
+
+def _split(arguments) -> tuple[str, list[str]]:
+    """The config's path and its overrides; overrides without a config are the demo's."""
+    path, overrides = arguments.config, list(arguments.overrides)
+    return (DEMO, [path, *overrides]) if "=" in path and not path.endswith(".py") else (path, overrides)
 
 
 def run_stages(arguments) -> int:
@@ -168,7 +183,8 @@ def examine(arguments) -> int:
     config = _config(arguments)
     from sdzero_jax import doctor
 
-    print("\n".join(doctor.examine(config)))
+    path, overrides = _split(arguments)
+    print("\n".join(doctor.examine(config, path, overrides, arguments.topology, arguments.compile)))
     return 0
 
 
@@ -198,6 +214,27 @@ def prepare_data(arguments) -> int:
     )
     counts = ", ".join(f"{count} {split}" for split, count in record["questions"].items())
     print(f"{record['directory']}: {counts}; licence {record['licence']}")
+    return 0
+
+
+def convert_weights(arguments) -> int:
+    from sdzero_jax.exchange import convert
+
+    model = None
+    if arguments.config:
+        from sdzero_jax.config import load_config
+
+        model = load_config(arguments.config).model
+    done = convert(
+        arguments.source,
+        arguments.target,
+        to=arguments.to,
+        dtype=arguments.dtype,
+        config=model,
+        tokenizer=arguments.tokenizer,
+    )
+    commit = f", commit {done.source['revision']}" if done.source.get("revision") else ""
+    print(f"{done.path}: {done.form}, {done.parameters:,} parameters, {done.dtype}, from {done.source['name']}{commit}")
     return 0
 
 

@@ -1,17 +1,19 @@
-"""`python run.py doctor`: versions, devices, memory and what would run where, before anything is compiled."""
+"""`python run.py doctor`: versions, devices, and whether a distillation run fits their memory, before anything runs.
+
+With a topology the devices are those of a TPU slice that is not attached. The numbers are `memory`'s.
+"""
 
 import importlib.metadata
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from sdzero_jax import sharding
+from sdzero_jax import memory, sharding, topology
 from sdzero_jax.config import Config
-from sdzero_jax.models import LanguageModel
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "safetensors",
@@ -20,46 +22,95 @@ PACKAGES = (
 GIB = 2**30
 
 
-def examine(config: Config) -> list[str]:
-    """Lines to print. Raises UserError when the config's mesh does not fit the devices."""
+def examine(
+    config: Config, path: str, overrides: Sequence[str] = (), slice_name: str | None = None, compile_it: bool = False
+) -> list[str]:
+    """Lines to print. UserError when the config's mesh does not fit, or the slice or its compiler is not there.
+
+    Args:
+      path, overrides: where `config` came from, for the process that compiles for a slice.
+      slice_name: such as v5p:2x2x4; the mesh is refitted to its chips, the batch to a row per part.
+      compile_it: compile the train step and compare.
+    """
+    slice_ = topology.parse(slice_name) if slice_name else None
+    devices = slice_.chips if slice_ else len(jax.devices())
+    config = memory.fit_to(config, devices) if slice_ else config
+    mesh = memory.abstract_mesh(config.mesh, devices)
+    limit = slice_.memory if slice_ else device_memory(jax.devices())
+    lines = [*_machine(), "", *_shape(config, mesh, f"{devices} chips of {slice_name}" if slice_ else "these devices")]
+    estimate = memory.estimate(config, mesh)
+    lines += table(estimate)
+    lines.append(_verdict(config, mesh, estimate, limit))
+    if compile_it:
+        if slice_:
+            counted = memory.count_for(slice_, path, overrides)
+        else:
+            step = memory.train_step(config, sharding.make_mesh(config.mesh))
+            counted = memory.count(step, memory.batch_of(config))
+        lines.append(_comparison(estimate, counted))
+    return lines
+
+
+def table(estimate: memory.Estimate) -> list[str]:
+    """One line per part in GiB: the state, then each phase with its own parts; the largest is marked."""
+    lines = ["", "GiB per device", *(_line(name, size) for name, size in estimate.state.items())]
+    for phase, parts in estimate.phases.items():
+        mark = "   <- the largest" if phase == estimate.peak_phase else ""
+        lines.append(_line(f"+ {phase}", sum(parts.values()), mark))
+        lines += [_line(f"    {name}", size) for name, size in parts.items() if size]
+    return lines
+
+
+def device_memory(devices: Sequence[Any]) -> float:
+    """Bytes per device: what the device says, else this machine's memory shared among its devices."""
+    stats = devices[0].memory_stats() if hasattr(devices[0], "memory_stats") else None
+    limit = (stats or {}).get("bytes_limit")
+    return float(limit) if limit else _host_memory() / max(jax.local_device_count(), 1)
+
+
+def _line(name: str, size: float, mark: str = "") -> str:
+    return f"  {name:<44}{size / GIB:>9.3f}{mark}"
+
+
+def _machine() -> list[str]:
     devices = jax.devices()
-    mesh = sharding.make_mesh(config.mesh)
-    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    lines = [
+    return [
         f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-        f"{_host_memory():.1f} GiB of memory",
+        f"{_host_memory() / GIB:.1f} GiB of memory",
         "packages  " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
         f"devices   {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), "
-        f"process {jax.process_index() + 1} of {jax.process_count()}{_device_memory(devices[0])}",
+        f"process {jax.process_index() + 1} of {jax.process_count()}, {device_memory(devices) / GIB:.1f} GiB each",
         f"disk      {shutil.disk_usage('.').free / GIB:.0f} GiB free here",
-        f"mesh      {sizes}",
-        "",
-        f"config {config.name}: {config.model.num_layers} layers, width {config.model.hidden_size}, "
-        f"vocabulary {config.model.vocab_size}",
     ]
-    return lines + [f"  {name:<26}{size / 2**20:>10.1f} MiB per device" for name, size in memory(config, mesh).items()]
 
 
-def memory(config: Config, mesh) -> dict[str, float]:
-    """Bytes per device of what lives through a distillation step; activations are not counted."""
-    model = LanguageModel(config.model)
-    shapes = model.param_shapes()
-    places = sharding.shardings_for(mesh, model.param_axes(), shapes)
-    params = sum(
-        np.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf, place in zip(jax.tree.leaves(shapes), jax.tree.leaves(places))
+def _shape(config: Config, mesh, where: str) -> list[str]:
+    model, layout = config.model, config.distill.layout
+    rows = config.distill.batch_size / sharding.batch_devices(mesh)
+    student, teacher = memory.lengths(config)
+    return [
+        f"config {config.name}: {model.num_layers} layers, width {model.hidden_size}, vocabulary {model.vocab_size}, "
+        f"remat {model.remat}",
+        f"mesh      {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())} on {where}",
+        f"batch     {config.distill.batch_size} rows, {rows:g} per part; {layout.max_response} response tokens, "
+        f"{student} of the student, {teacher} of the teacher",
+    ]
+
+
+def _verdict(config: Config, mesh, estimate: memory.Estimate, limit: float) -> str:
+    total = f"  {'total':<44}{estimate.peak / GIB:>9.3f} of {limit / GIB:.1f}"
+    if estimate.peak <= limit:
+        return f"{total}: fits"
+    return f"{total}: does not fit; {memory.suggest(config, tuple(mesh.shape.values()), limit)}"
+
+
+def _comparison(estimate: memory.Estimate, counted: dict[str, float]) -> str:
+    parts = ", ".join(f"{name} {size / GIB:.3f}" for name, size in counted.items() if name != "peak")
+    off = estimate.train_step / counted["peak"] - 1
+    return (
+        f"  {'train step, by the compiler':<44}{counted['peak'] / GIB:>9.3f} ({parts}); "
+        f"estimated {estimate.train_step / GIB:.3f}, {off:+.1%}"
     )
-    parts = sharding.batch_devices(mesh)
-    cache = jax.eval_shape(lambda: model.init_cache(1, config.model.max_position))
-    row = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-    parts_of = {
-        "parameters": params,
-        "optimizer moments": 2 * params,
-        "gradients": params,
-        "teacher": 0.0 if config.distill.teacher.schedule == "live" else params,
-        "KV cache (all slots, full)": row * config.sampler.slots / parts,
-    }
-    return parts_of | {"total": sum(parts_of.values())}
 
 
 def _version(name: str) -> str:
@@ -71,12 +122,6 @@ def _version(name: str) -> str:
 
 def _host_memory() -> float:
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (ValueError, OSError):
         return float("nan")
-
-
-def _device_memory(device: Any) -> str:
-    stats = device.memory_stats() if hasattr(device, "memory_stats") else None
-    limit = (stats or {}).get("bytes_limit")
-    return f", {limit / GIB:.1f} GiB each" if limit else ""

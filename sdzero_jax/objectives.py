@@ -36,12 +36,16 @@ class SelfDistillation:
 
 
 def response_hidden(model: LanguageModel, params, batch, prefix: str, index: str) -> jax.Array:
-    """Hidden states [B, R, D] at the positions that predict the response tokens."""
+    """Hidden states [B, R, D] at the positions that predict the response tokens.
+
+    Rows of a distillation batch hold one sequence each; those of a scored batch (no prefix) may be packed.
+    """
     hidden, _ = model.apply(
         params,
         batch[f"{prefix}tokens"],
         positions=batch[f"{prefix}positions"],
         segment_ids=batch[f"{prefix}segment_ids"],
+        row_layout="padded" if prefix else "packed",
     )
     return jnp.take_along_axis(hidden, batch[index][..., None], axis=1)
 

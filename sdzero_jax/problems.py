@@ -180,7 +180,8 @@ def open_tokenizer(config: ProblemsConfig, pretrained: str) -> Tokenizer:
     path = config.tokenizer or pretrained
     if not path:
         raise UserError("real questions need a tokenizer; set problems.tokenizer or base.pretrained to a model folder")
-    return HFTokenizer(resolve(path, weights=False).folder, system=config.system or None, enable_thinking=config.thinking)
+    folder = resolve(path, weights=False).folder
+    return HFTokenizer(folder, system=config.system or None, enable_thinking=config.thinking)
 
 
 _CALCULATIONS = re.compile(r"<<[^<>]*>>")  # GSM8K's marks for a calculator

@@ -31,6 +31,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "norm": (),
     "batch": ("data", "fsdp"),
+    "lookup_batch": ("data",),  # while the embedding's width holds fsdp
     "length": (),
     "act_embed": (),
     "act_heads": ("tensor",),
@@ -60,6 +61,26 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
         offer = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, fit, strict=True))
         raise UserError(f"mesh {written} does not fit {num_devices} devices; the nearest that fits: {offer}")
     return shape
+
+
+def mesh_preset(num_devices: int) -> MeshConfig:
+    """The mesh to begin with, for both families at long rows: 1, 4, 8, 16 -> all fsdp; 64 -> data 4 x fsdp 16.
+
+    Up to 16 devices the state (some 18 bytes per parameter) is what is large, so all of them share it.
+    Beyond, a 16th of it is small, and weights gathered within 16 devices only travel less; the rest are
+    whole replicas. `tensor` stays 1: with long rows, exchanging activations twice a layer costs more than
+    gathering weights. It is what is left to turn where not even one row fits a device.
+    """
+    fsdp = next((n for n in range(16, num_devices) if num_devices % n == 0), num_devices)
+    return MeshConfig(num_devices // fsdp, fsdp, 1)
+
+
+def refit(config: MeshConfig, num_devices: int) -> MeshConfig:
+    """`config` where it fits this many devices, else the preset for them."""
+    try:
+        return MeshConfig(*mesh_shape(config, num_devices))
+    except UserError:
+        return mesh_preset(num_devices)
 
 
 def _nearest_shape(sizes: Sequence[int], num_devices: int) -> tuple[int, int, int]:

@@ -29,15 +29,21 @@ class TeacherConfig:
             raise UserError(f"teacher.ema_rate is {self.ema_rate}; wanted 0 < ema_rate <= 1")
 
 
-def initial_teacher(config: TeacherConfig, reviser_params):
+def initial_teacher(config: TeacherConfig, reviser_params, compute_dtype):
     """The teacher at step 0, a copy with buffers of its own; None when the schedule keeps none.
 
-    An EMA teacher is float32: in bfloat16 a step of u (S - T) is rounded away.
+    An EMA teacher is float32: in bfloat16 a step of u (S - T) is rounded away. Others are stored in
+    `compute_dtype`, which the model casts to anyhow; but the norms' scales, which it does not, stay
+    as they are, so that the teacher's outputs are the reviser's to the bit.
     """
     if config.schedule == "live":
         return None
-    dtype = jnp.float32 if config.schedule == "ema" else None
-    return jax.tree.map(lambda leaf: jnp.array(leaf, dtype=dtype, copy=True), reviser_params)
+
+    def copy(path, leaf):
+        kept = jnp.float32 if config.schedule == "ema" else leaf.dtype if "norm" in path[-1].key else compute_dtype
+        return jnp.array(leaf, dtype=kept, copy=True)
+
+    return jax.tree_util.tree_map_with_path(copy, reviser_params)
 
 
 def teacher_for_loss(config: TeacherConfig, teacher, params):

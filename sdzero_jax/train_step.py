@@ -4,6 +4,7 @@ Every method runs through `make_train_step`; what differs is the loss function a
 Leaves out where batches come from, synchronising a teacher between steps and checkpoints.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,7 @@ def init_state(
     teacher = None
     if teacher_config is not None:
         teacher_config.validate()
-        teacher = initial_teacher(teacher_config, reviser_params)
+        teacher = initial_teacher(teacher_config, reviser_params, model.config.compute_dtype)
     shardings = state_shardings(model, optimizer, mesh, teacher is not None)
 
     def build(params, teacher):
@@ -65,6 +66,46 @@ def init_state(
         return jax.jit(build, out_shardings=shardings)(copied, teacher)
 
 
+def abstract_state(
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    mesh,
+    *,
+    teacher_config: TeacherConfig | None = None,
+) -> TrainState:
+    """The state of `init_state` as ShapeDtypeStructs with their shardings; nothing is computed."""
+
+    def build(params):
+        dtype = model.config.compute_dtype
+        teacher = None if teacher_config is None else initial_teacher(teacher_config, params, dtype)
+        return TrainState(jnp.int32(0), params, optimizer.init(params), teacher)
+
+    shapes = jax.eval_shape(build, model.param_shapes())
+    places = state_shardings(model, optimizer, mesh, shapes.teacher is not None)
+    placed = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)  # noqa: E731
+    return jax.tree.map(placed, shapes, places)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """step(state, batch) -> (state, metrics); `lower` gives the same program without running it."""
+
+    jitted: Any  # (state, batch on the mesh) -> (state, metrics), the state donated
+    state: TrainState  # abstract
+    mesh: Any
+
+    def __call__(self, state: TrainState, batch) -> tuple[TrainState, Metrics]:
+        with sharding.use(self.mesh):
+            return self.jitted(state, sharding.shard_batch(self.mesh, batch))
+
+    def lower(self, batch) -> jax.stages.Lowered:
+        """The program for a batch of this shape (arrays or anything else with shape and dtype)."""
+        place = sharding.batch_sharding(self.mesh)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), batch)
+        with sharding.use(self.mesh):
+            return self.jitted.lower(self.state, shapes)
+
+
 def make_train_step(
     loss_fn: LossFn,
     model: LanguageModel,
@@ -73,7 +114,7 @@ def make_train_step(
     *,
     teacher_config: TeacherConfig | None = None,
     schedule: optax.Schedule | None = None,
-):
+) -> TrainStep:
     """Returns step(state, batch) -> (state, metrics): compiled for the mesh, its state donated.
 
     Metrics are (sum, count) pairs; "nonfinite" counts steps whose loss or gradient was NaN or
@@ -107,18 +148,13 @@ def make_train_step(
         return new, metrics
 
     shardings = state_shardings(model, optimizer, mesh, has_teacher)
-    compiled = jax.jit(
+    jitted = jax.jit(
         step_fn,
         in_shardings=(shardings, None),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
-
-    def step(state: TrainState, batch):
-        with sharding.use(mesh):
-            return compiled(state, sharding.shard_batch(mesh, batch))
-
-    return step
+    return TrainStep(jitted, abstract_state(model, optimizer, mesh, teacher_config=teacher_config), mesh)
 
 
 def synchronise(state: TrainState) -> TrainState:

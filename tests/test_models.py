@@ -5,43 +5,18 @@ parameter and greedy continuations. Bite checks break one dial at a time and mus
 """
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from twins import TWINS, golden, tiny, tiny_olmo, twin, weights
 
 from sdzero_jax.errors import UserError
-from sdzero_jax.models import (
-    PRESETS,
-    DecoderConfig,
-    LanguageModel,
-    convert,
-    decoder,
-    from_config,
-    load_pretrained,
-    save_pretrained,
-    to_hf_config,
-)
-
-DATA = Path(__file__).parent / "data"
-TWINS = ("qwen3_tied", "qwen3_untied", "olmo3")
-
+from sdzero_jax.models import PRESETS, LanguageModel, convert, decoder
 
 apply = jax.jit(LanguageModel.apply, static_argnums=0)
-
-
-def twin(name, **dials):
-    return load_pretrained(DATA / "goldens" / name, **dials)
-
-
-def golden(name):
-    return load_file(DATA / "goldens" / name / "golden.safetensors")
 
 
 def full_logits(model, params, tokens, **kwargs):
@@ -65,36 +40,9 @@ def ids(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).integers(0, 40, shape))
 
 
-def weights(model, seed=0):
-    """Random parameters without a compilation; norm scales away from 1."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        centre, spread = (1.0, 0.2) if "norm" in path[-1].key else (0.0, 0.3)
-        return jnp.asarray(centre + spread * rng.standard_normal(leaf.shape), leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, model.param_shapes())
-
-
 def mean_nll(model, params, tokens):
     logp = jax.nn.log_softmax(model.unembed(params, model.apply(params, tokens[:, :-1])[0]))
     return -jnp.take_along_axis(logp, tokens[:, 1:, None], 2).mean()
-
-
-def tiny(**dials):
-    fields = dict(
-        vocab_size=40, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
-        intermediate_size=24, initializer_range=0.3,
-    )  # fmt: skip
-    return LanguageModel(DecoderConfig(**{**fields, **dials}))
-
-
-def tiny_olmo(**dials):
-    fields = dict(
-        num_layers=4, norm_position="post", qk_norm="projection", sliding_window=5,
-        layer_pattern=("sliding", "sliding", "sliding", "full"), yarn_factor=8.0, yarn_original_length=8,
-    )  # fmt: skip
-    return tiny(**{**fields, **dials})
 
 
 # ----------------------------------------------------------------------------------------- goldens
@@ -476,172 +424,3 @@ def test_remat_saves_memory_and_changes_nothing(optimised):
 def test_contradictions_are_refused(dials, message):
     with pytest.raises(UserError, match=message):
         tiny(**dials)
-
-
-# ------------------------------------------------------------------------------ config.json, folders
-
-
-@pytest.mark.parametrize("preset, file", [
-    ("qwen3_4b_instruct_2507", "qwen3-4b-instruct-2507.config.json"),
-    ("olmo3_7b_instruct", "olmo-3-7b-instruct.config.json"),
-])  # fmt: skip
-def test_presets_are_the_published_configs(preset, file):
-    text = (DATA / "configs" / file).read_text()
-    model = from_config(json.loads(text))
-    assert model.config == PRESETS[preset]()
-    assert to_hf_config(model) == json.loads(text)  # written back as read
-    rewritten = to_hf_config(LanguageModel(model.config))
-    assert from_config(rewritten).config == model.config
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.param_shapes()))
-    assert count == {"qwen3_4b_instruct_2507": 4_022_468_096, "olmo3_7b_instruct": 7_298_011_136}[preset]
-
-
-def test_legacy_and_new_rope_parameters_mean_the_same():
-    legacy = json.loads((DATA / "configs" / "olmo-3-7b-instruct.config.json").read_text())
-    yarn = {**legacy["rope_scaling"], "rope_theta": 500_000}
-    base = {key: value for key, value in legacy.items() if not key.startswith("rope")}
-    plain = {"rope_type": "default", "rope_theta": 500_000}
-    per_type = {**base, "rope_parameters": {"full_attention": yarn, "sliding_attention": plain}}
-    flat = {**base, "rope_parameters": yarn}
-    want = from_config(legacy).config
-    assert from_config(per_type).config == from_config(flat).config == want
-    other = {
-        **base,
-        "rope_parameters": {"full_attention": yarn, "sliding_attention": {**plain, "rope_theta": 1e4}},
-    }
-    assert from_config(other).config == dataclasses.replace(want, rope_theta_sliding=1e4)
-    without_types = {key: value for key, value in legacy.items() if key != "layer_types"}
-    assert from_config(without_types).config == want
-    old_name = {**legacy, "rope_scaling": {**legacy["rope_scaling"], "type": "yarn"}}
-    del old_name["rope_scaling"]["rope_type"]
-    assert from_config(old_name).config == want
-
-
-def test_qwen3_with_yarn_and_with_late_sliding_layers():
-    hf = json.loads((DATA / "configs" / "qwen3-4b-instruct-2507.config.json").read_text())
-    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
-    config = from_config({**hf, "rope_scaling": scaling}).config
-    assert (config.yarn_factor, config.yarn_original_length) == (4.0, 32_768)
-    late = {**hf, "use_sliding_window": True, "sliding_window": 128, "max_window_layers": 30}
-    config = from_config(late).config
-    assert config.layer_pattern == ("full",) * 30 + ("sliding",) * 6 and config.sliding_window == 128
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(model_type="qwen2"), "model_type 'qwen2' is not supported; did you mean 'qwen3'"),
-        (dict(hidden_act="gelu", quantization_config={"bits": 4}), "hidden_act='gelu'.*quantization_config"),
-        (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope_type 'llama3' of full_attention"),
-        (dict(rope_scaling={"rope_type": "yarn", "factor": 8.0, "truncate": False}), "truncate=false"),
-        (
-            dict(rope_scaling={"rope_type": "yarn", "factr": 8.0}),
-            "'factr' of full_attention.*did you mean 'factor'",
-        ),
-        (dict(layer_types=["chunked_attention"] * 36), "layer type 'chunked_attention' is not supported"),
-        (dict(layer_types=["full_attention"] * 3), "lists 3 layer_types for 36 layers"),
-        (dict(vocab_size=None), "lacks vocab_size"),
-    ],
-)
-def test_unsupported_configs_are_refused_by_name(change, message):
-    hf = json.loads((DATA / "configs" / "qwen3-4b-instruct-2507.config.json").read_text())
-    with pytest.raises(UserError, match=message) as caught:
-        from_config({**hf, **change})
-    assert "\n" not in str(caught.value)
-
-
-def test_olmo3_with_yarn_on_sliding_layers_is_refused():
-    hf = json.loads((DATA / "goldens" / "olmo3" / "config.json").read_text())
-    hf["rope_parameters"]["sliding_attention"] = hf["rope_parameters"]["full_attention"]
-    with pytest.raises(UserError, match="'yarn' on Olmo-3's sliding layers"):
-        from_config(hf)
-
-
-@pytest.mark.parametrize("shards", [False, True])
-@pytest.mark.parametrize("name", TWINS)
-def test_round_trip_is_bit_exact_in_the_stored_dtype(tmp_path, monkeypatch, name, shards):
-    stored = load_file(DATA / "goldens" / name / "model.safetensors")
-    stored = {key: value.astype(ml_dtypes.bfloat16) for key, value in stored.items()}
-    source = tmp_path / "source"
-    source.mkdir()
-    save_file(stored, source / "model.safetensors")
-    config_text = (DATA / "goldens" / name / "config.json").read_text()
-    (source / "config.json").write_text(config_text)
-    if shards:
-        monkeypatch.setattr(convert, "_FILE_BYTES", 10_000)
-    model, params = load_pretrained(source, dtype=None)
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
-    target = tmp_path / "target"
-    save_pretrained(target, model, params)
-    save_pretrained(target, model, params)  # an earlier export is replaced
-    files = sorted(path.name for path in tmp_path.glob("target/*.safetensors"))
-    assert (len(files) > 2 and "index" not in files[0]) if shards else files == ["model.safetensors"]
-    written = {}
-    for file in files:
-        written.update(load_file(target / file))
-    assert written.keys() == stored.keys()
-    for key, value in stored.items():
-        assert written[key].dtype == value.dtype and written[key].tobytes() == value.tobytes(), key
-    assert (target / "config.json").read_text() == config_text
-    again, params_again = load_pretrained(target, dtype=None)
-    assert again == model
-    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, params_again)))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "source",
-        "target",
-    ]  # no temporary folder left
-    wide, wide_params = load_pretrained(target)
-    assert {leaf.dtype for leaf in jax.tree.leaves(wide_params)} == {jnp.dtype("float32")}
-    save_pretrained(tmp_path / "narrow", wide, wide_params, dtype="bfloat16")
-    _, narrow = load_pretrained(tmp_path / "narrow", dtype=None)
-    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, narrow)))
-
-
-def test_what_does_not_fit_is_reported_together(tmp_path):
-    tensors = load_file(DATA / "goldens" / "qwen3_untied" / "model.safetensors")
-    tensors["model.layers.9.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"]
-    del tensors["model.layers.1.self_attn.k_norm.weight"]
-    tensors["model.norm.weight"] = np.ones(21, np.float32)
-    save_file(tensors, tmp_path / "a.safetensors")
-    save_file({"lm_head.weight": tensors["lm_head.weight"]}, tmp_path / "b.safetensors")
-    (tmp_path / "config.json").write_text((DATA / "goldens" / "qwen3_untied" / "config.json").read_text())
-    with pytest.raises(UserError) as caught:
-        load_pretrained(tmp_path)
-    message = str(caught.value)
-    for part in (
-        "unmapped: model.layers.9.mlp.up_proj.weight;",
-        "doubled: lm_head.weight;",
-        "missing: model.layers.1.self_attn.k_norm.weight;",
-        "misshapen: model.norm.weight (21,), wanted (20,)",
-    ):
-        assert part in message
-    assert "\n" not in message
-
-
-def test_folders_that_are_no_models(tmp_path):
-    with pytest.raises(UserError, match=r"no config\.json"):
-        load_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text((DATA / "goldens" / "olmo3" / "config.json").read_text())
-    with pytest.raises(UserError, match="lacks safetensors files"):
-        load_pretrained(tmp_path)
-    (tmp_path / convert._INDEX_FILE).write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
-    with pytest.raises(UserError, match=r"lacks model-00001-of-00002\.safetensors"):
-        load_pretrained(tmp_path)
-    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"\x10cut short")
-    with pytest.raises(UserError, match="not a whole safetensors file"):
-        load_pretrained(tmp_path)
-
-
-def test_export_refuses_strangers(tmp_path):
-    model = tiny()
-    params = weights(model)
-    wrong = {**params, "final_norm": jnp.ones(3), "extra": jnp.ones(1)}
-    del wrong["embedding"]
-    with pytest.raises(UserError, match=r"unknown: extra; missing: embedding; misshapen: final_norm \(3,\)"):
-        save_pretrained(tmp_path / "x", model, wrong)
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"notes\.txt"):
-        save_pretrained(tmp_path, model, params)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    with pytest.raises(UserError, match="has no Hugging Face form"):
-        save_pretrained(tmp_path / "x", tiny(qk_norm="none"), weights(tiny(qk_norm="none")))

@@ -1,5 +1,6 @@
 """Random twins built live in transformers (torch): several shapes of both families, forward and backward."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -8,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdzero_jax.models import DecoderConfig, LanguageModel, convert, load_pretrained, save_pretrained
+from sdzero_jax.models import (
+    PRESETS,
+    DecoderConfig,
+    LanguageModel,
+    convert,
+    from_config,
+    load_pretrained,
+    save_pretrained,
+    to_hf_config,
+)
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.oracle
@@ -57,6 +67,9 @@ QWEN = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_
 OLMO = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2,
             intermediate_size=28, sliding_window=7, max_position_embeddings=64,
             rope_parameters={"full_attention": yarn(1e4), "sliding_attention": plain(1e4)})  # fmt: skip
+OLMO_LONG = {**OLMO, "num_hidden_layers": 8, "sliding_window": 16, "max_position_embeddings": 256,
+             "rope_parameters": {"full_attention": yarn(1e4, factor=8.0, original_max_position_embeddings=32),
+                                 "sliding_attention": plain(1e4)}}
 CASES = {
     "qwen3": ("qwen3", QWEN),
     "qwen3_tied_mqa": ("qwen3", {**QWEN, "tie_word_embeddings": True, "num_key_value_heads": 1}),
@@ -76,6 +89,23 @@ CASES = {
                                      "sliding_attention": plain(1e3)}},
     ),
     "olmo3_no_yarn": ("olmo3", {**OLMO, "rope_parameters": {k: plain(1e4) for k in OLMO["rope_parameters"]}}),
+    # Long: past the window and past YaRN's original length many times over.
+    "qwen3_deep_4_to_1": (
+        "qwen3", {**QWEN, "num_hidden_layers": 9, "num_attention_heads": 8, "tie_word_embeddings": True}
+    ),
+    "qwen3_deep_1_to_1": ("qwen3", {**QWEN, "num_hidden_layers": 8, "num_key_value_heads": 4}),
+    "qwen3_long_yarn": (
+        "qwen3",
+        {**QWEN, "num_hidden_layers": 8, "max_position_embeddings": 256,
+         "rope_parameters": yarn(1e4, factor=8.0, original_max_position_embeddings=32)},
+    ),
+    "olmo3_long_4_to_1": ("olmo3", {**OLMO_LONG, "num_attention_heads": 4, "num_key_value_heads": 1}),
+    "olmo3_long_1_to_1_tied": (
+        "olmo3", {**OLMO_LONG, "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 4,
+                  "tie_word_embeddings": True}
+    ),
+    "olmo3_long_head_dim": ("olmo3", {**OLMO_LONG, "head_dim": 12, "num_key_value_heads": 1}),
+    "olmo3_bias": ("olmo3", {**OLMO, "attention_bias": True}),
     "olmo3_uneven_layers": (
         "olmo3",
         {**OLMO, "num_hidden_layers": 3, "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
@@ -89,7 +119,8 @@ def test_logits_and_gradients_of_live_twins(case, tmp_path):
     theirs = build(hf_config(family, **fields), seed=3)
     theirs.save_pretrained(tmp_path)
     model, params = load_pretrained(tmp_path)
-    tokens = np.random.default_rng(0).integers(0, COMMON["vocab_size"], (2, 40))
+    length = 208 if "long" in case else 40
+    tokens = np.random.default_rng(0).integers(0, COMMON["vocab_size"], (2, length))
     logits = theirs(input_ids=torch.tensor(tokens), use_cache=False).logits
     probe = np.random.default_rng(1).standard_normal(logits.shape).astype(np.float32) / tokens.size
     (torch.log_softmax(logits, -1) * torch.tensor(probe)).sum().backward()
@@ -131,13 +162,57 @@ def test_an_export_from_nothing_opens_in_transformers(kind, tmp_path):
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+@pytest.mark.parametrize("case", ["qwen3_deep_4_to_1", "qwen3_bias", "olmo3_long_4_to_1", "olmo3_two_thetas"])
+def test_there_and_back_again_opens_in_transformers_with_the_same_logits(case, tmp_path):
+    """transformers -> our parameters -> transformers: the very same model, its tokenizer with it."""
+    import transformers
+    from safetensors.numpy import load_file
+
+    family, fields = CASES[case]
+    theirs = build(hf_config(family, **fields), seed=5).to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "first")
+    for file in (DATA / "tokenizers" / family).iterdir():
+        text = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        (tmp_path / "first" / file.name.removesuffix(".gz")).write_bytes(text)
+    model, params = load_pretrained(tmp_path / "first", dtype=None)
+    save_pretrained(tmp_path / "second", model, params, tokenizer_from=tmp_path / "first")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert before.keys() == after.keys()
+    assert all(before[name].dtype == after[name].dtype == "bfloat16" for name in before)
+    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+    # Both are read from folders: `.to(bfloat16)` rounds the rotary frequencies of the model in memory too.
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    theirs, again = (read(tmp_path / name).eval() for name in ("first", "second"))
+    assert again.dtype == torch.bfloat16
+    assert again.config.to_dict() | {"_name_or_path": ""} == theirs.config.to_dict() | {"_name_or_path": ""}
+    tokens = torch.tensor(np.random.default_rng(0).integers(0, COMMON["vocab_size"], (2, 40)))
+    with torch.no_grad():
+        want = theirs(input_ids=tokens, use_cache=False).logits
+        assert torch.equal(again(input_ids=tokens, use_cache=False).logits, want)
+    old, new = (transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    assert old("Two plus two: 2 + 2 = 4.").input_ids == new("Two plus two: 2 + 2 = 4.").input_ids
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_presets_mean_the_same_to_transformers(preset):
+    """config.json made from a preset: every tensor name and shape, without weights."""
+    import transformers
+
+    model = LanguageModel(PRESETS[preset]())
+    config = transformers.AutoConfig.for_model(**to_hf_config(model))
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+    want = {name: tuple(weight.shape) for name, weight in theirs.named_parameters()}
+    assert {entry.name: entry.hf_shape for entry in convert.conversion_table(model)} == want
+
+
 @pytest.mark.parametrize("file", ["qwen3-4b-instruct-2507.config.json", "olmo-3-7b-instruct.config.json"])
 def test_published_configs_name_the_tensors_that_transformers_names(file):
     """Every tensor name and shape of the full-size models, without their weights."""
     import transformers
 
     hf = json.loads((DATA / "configs" / file).read_text())
-    model = convert.from_config(hf)
+    model = from_config(hf)
     config = transformers.AutoConfig.for_model(**hf)
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(config)
@@ -149,10 +224,10 @@ def test_published_configs_name_the_tensors_that_transformers_names(file):
 def test_rotary_frequencies_of_the_published_olmo3(layer_type):
     from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
 
-    from sdzero_jax.models import PRESETS, decoder
+    from sdzero_jax.models import decoder
 
     model = LanguageModel(PRESETS["olmo3_7b_instruct"]())
-    rotary = Olmo3RotaryEmbedding(hf_config("olmo3", **{**convert.to_hf_config(model), **COMMON}))
+    rotary = Olmo3RotaryEmbedding(hf_config("olmo3", **{**to_hf_config(model), **COMMON}))
     frequencies, scale = decoder.rope_frequencies(model.config, layer_type.removesuffix("_attention"))
     np.testing.assert_allclose(getattr(rotary, f"{layer_type}_inv_freq").numpy(), frequencies, rtol=2e-6)
     assert getattr(rotary, f"{layer_type}_attention_scaling") == pytest.approx(scale, rel=1e-12)

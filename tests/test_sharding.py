@@ -88,6 +88,22 @@ def test_impossible_meshes_name_the_nearest(config, devices, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "devices, want",
+    [(1, (1, 1, 1)), (2, (1, 2, 1)), (4, (1, 4, 1)), (8, (1, 8, 1)), (16, (1, 16, 1)), (24, (1, 24, 1)),
+     (32, (2, 16, 1)), (64, (4, 16, 1)), (17, (1, 17, 1))],
+)  # fmt: skip
+def test_presets_share_the_state_over_16_devices_and_replicate_beyond(devices, want):
+    preset = sharding.mesh_preset(devices)
+    assert mesh_shape(preset, devices) == want
+
+
+def test_a_mesh_is_refitted_only_where_it_does_not_fit():
+    assert sharding.refit(MeshConfig(2, 2, 2), 8) == MeshConfig(2, 2, 2)
+    assert sharding.refit(MeshConfig(data=1, fsdp=-1, tensor=2), 8) == MeshConfig(1, 4, 2)
+    assert sharding.refit(MeshConfig(1, 16, 1), 4) == MeshConfig(1, 4, 1)
+
+
 def test_without_a_mesh_nothing_is_constrained():
     x = jnp.ones((2, 3))
     assert sharding.constrain(x, "batch", "act_mlp") is x
@@ -104,7 +120,7 @@ def test_eight_devices_equal_one():
     }
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == ["2x2x2", "2x4x1", "one", "folder", "batch", "manual"]
+    assert done.stdout.split() == ["2x2x2", "2x4x1", "1x2x4", "one", "folder", "batch", "manual", "lookup"]
 
 
 # ------------------------------------------------------------------------ in the subprocess, 8 devices
@@ -116,6 +132,8 @@ def _models():
     pattern = ("sliding", "sliding", "sliding", "full")
     olmo = dict(norm_position="post", qk_norm="projection", layer_pattern=pattern, sliding_window=4, yarn_factor=8.0)
     yield LanguageModel(DecoderConfig(vocab_size=40, hidden_size=16, num_layers=4, **olmo, **common))
+    # Query heads that four devices cannot share stay whole on each.
+    yield LanguageModel(DecoderConfig(vocab_size=40, hidden_size=16, num_layers=2, **(common | {"num_heads": 6})))
 
 
 def _weights(model):
@@ -135,7 +153,7 @@ def _check_step():
     segments = np.where(np.arange(11) < rng.integers(3, 12, (8, 1)), 1, 0).astype(np.int32)
     batch = {"tokens": rng.integers(0, 40, (8, 11)).astype(np.int32), "segments": segments}
     wanted = {}
-    for shape in ((2, 2, 2), (2, 4, 1)):
+    for shape in ((2, 2, 2), (2, 4, 1), (1, 2, 4)):  # four devices along tensor, two key heads
         mesh = make_mesh(MeshConfig(*shape))
         for model in _models():
             params = _weights(model)
@@ -151,7 +169,30 @@ def _check_step():
             up = grads["layers"]["block_0"]["mlp"]["up"]  # [G, D, F] over (fsdp, tensor)
             groups = model.config.num_groups
             assert up.addressable_shards[0].data.shape == (groups, 16 // shape[1], 24 // shape[2])
+            attention = grads["layers"]["block_0"]["attention"]
+            for name, heads in (("query", model.config.num_heads), ("key", 2)):
+                share = heads // shape[2] if heads % shape[2] == 0 else heads
+                assert attention[name].addressable_shards[0].data.shape[2] == share
         print("x".join(map(str, shape)))
+
+
+def _check_lookup():
+    """The embedding is looked up where its columns lie: no device holds the table, or its gradient, whole."""
+    mesh = make_mesh(MeshConfig(1, 8, 1))
+    model = LanguageModel(DecoderConfig(5003, 64, 1, 4, 2, 16, 24, tie_embeddings=True))
+    places = shardings_for(mesh, model.param_axes(), model.param_shapes())
+    shapes = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), model.param_shapes(), places
+    )
+    tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=sharding.batch_sharding(mesh))
+
+    def total(params, tokens):
+        return jnp.sum(jnp.square(model.apply(params, tokens)[0]))
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(total), out_shardings=places).lower(shapes, tokens).compile().as_text()
+    assert "[5003,8]" in text and "[5003,64]" not in text
+    print("lookup")
 
 
 def _check_single():
@@ -219,3 +260,4 @@ if __name__ == "__main__":
     _check_folder()
     _check_batch()
     _check_manual()
+    _check_lookup()

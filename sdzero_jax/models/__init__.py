@@ -1,15 +1,22 @@
 """Qwen3 and Olmo-3 decoders and their exchange with Hugging Face checkpoints."""
 
-from sdzero_jax.models.convert import PRESETS, from_config, load_pretrained, save_pretrained, to_hf_config
+from sdzero_jax.models.convert import check_replaceable, float_dtype, load_pretrained, save_pretrained
 from sdzero_jax.models.decoder import Cache, DecoderConfig, LanguageModel
+from sdzero_jax.models.families import PRESETS, RUNTIME_FIELDS, from_config, to_hf_config
+from sdzero_jax.models.hub import Source, resolve
 
 __all__ = [
     "PRESETS",
+    "RUNTIME_FIELDS",
     "Cache",
     "DecoderConfig",
     "LanguageModel",
+    "Source",
+    "check_replaceable",
+    "float_dtype",
     "from_config",
     "load_pretrained",
+    "resolve",
     "save_pretrained",
     "to_hf_config",
 ]

@@ -2,11 +2,12 @@
 
 A checkpoint is a folder with config.json and safetensors files, with or without an index file.
 Every leaf is assembled shard by shard straight into its place on the mesh; neither direction
-holds a second copy of the model. Left out: downloads, and tokenizer and generation files.
+holds a second copy of the model. Left out: where the folder comes from (hub.py), and quantised weights.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -23,57 +24,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sdzero_jax.errors import UserError, nearest
-from sdzero_jax.models import olmo3, qwen3
-from sdzero_jax.models.decoder import DecoderConfig, LanguageModel
-from sdzero_jax.sharding import shardings_for
+from sdzero_jax.models import hub
+from sdzero_jax.models.decoder import LanguageModel
+from sdzero_jax.models.families import FAMILIES, family, from_config, to_hf_config
+from sdzero_jax.sharding import MESH_AXES, shardings_for
 
-FAMILIES = {qwen3.MODEL_TYPE: qwen3, olmo3.MODEL_TYPE: olmo3}
-PRESETS: Mapping[str, Callable[..., DecoderConfig]] = {
-    "qwen3_4b_instruct_2507": qwen3.qwen3_4b_instruct_2507,
-    "olmo3_7b_instruct": olmo3.olmo3_7b_instruct,
-}
-# Dials of how a model runs, not of what it is: no config.json mentions them.
-_RUNTIME_FIELDS = ("param_dtype", "compute_dtype", "remat", "attention")
 _INDEX_FILE = "model.safetensors.index.json"
 _FILE_BYTES = 4 << 30
+_EXPORT_FILE = "sdzero_export.json"  # marks a folder as written here, so that it may be replaced
+_DTYPES = ("float32", "bfloat16", "float16")
+_FLOATS = ("F64", "F32", "BF16", "F16")
+_ALIGNMENT = 64  # bytes; a CPU device takes a host array so aligned as it is, without a copy
+_TILE = 256  # rows and columns; a transposed copy in tiles stays in the cache
 _ROPE_BUFFER = "rotary_emb.inv_freq"
-
-
-# ----------------------------------------------------------------------------------------- config
-
-
-def from_config(hf_config: Mapping[str, Any], **dials: Any) -> LanguageModel:
-    """The model that a config.json (already parsed) describes; `dials` set DecoderConfig fields.
-
-    Raises UserError for another model_type and for every setting that is not supported.
-    """
-    model_type = hf_config.get("model_type")
-    if model_type not in FAMILIES:
-        raise UserError(f"model_type {model_type!r} is not supported{nearest(str(model_type), FAMILIES)}")
-    config = FAMILIES[model_type].from_hf(hf_config, **dials)
-    return LanguageModel(config, json.dumps(hf_config, indent=2))
-
-
-def to_hf_config(model: LanguageModel) -> dict[str, Any]:
-    """The config.json of a model: the one it was read from while that still describes it."""
-    if model.hf_config:
-        read = json.loads(model.hf_config)
-        same = {name: getattr(model.config, name) for name in _RUNTIME_FIELDS}
-        if from_config(read, **same).config == model.config:
-            return read
-    return FAMILIES[family(model.config)].to_hf(model.config)
-
-
-def family(config: DecoderConfig) -> str:
-    """The model_type that a decoder can be written as; UserError when there is none."""
-    dials = (config.norm_position, config.qk_norm)
-    families = {("pre", "head"): qwen3.MODEL_TYPE, ("post", "projection"): olmo3.MODEL_TYPE}
-    if dials not in families:
-        raise UserError(
-            f"norm_position={dials[0]!r} with qk_norm={dials[1]!r} has no Hugging Face form; "
-            "pre with head is qwen3, post with projection is olmo3"
-        )
-    return families[dials]
 
 
 # ------------------------------------------------------------------------------------------ table
@@ -95,8 +58,36 @@ class Entry(NamedTuple):
         vector = self.path[-1] not in ("embedding", "unembedding")
         return (math.prod(self.shape),) if vector else self.shape
 
-    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        return (tensor.T if self.in_axes else tensor).reshape(self.shape)
+    def hf_index(self, index: tuple[slice, ...]) -> tuple[slice, ...] | None:
+        """The block of the HF tensor that is the block `index` of the part; None when that is no block."""
+        if self.in_axes:
+            axes = (range(self.in_axes, len(self.shape)), range(self.in_axes))
+        elif len(self.hf_shape) == 1:
+            axes = (range(len(self.shape)),)
+        else:
+            axes = tuple((axis,) for axis in range(len(self.shape)))
+        block = []
+        for first, *rest in axes:
+            if any(index[axis].indices(self.shape[axis]) != (0, self.shape[axis], 1) for axis in rest):
+                return None
+            start, stop, _ = index[first].indices(self.shape[first])
+            inner = math.prod(self.shape[axis] for axis in rest)
+            block.append(slice(start * inner, stop * inner))
+        return tuple(block)
+
+    def read(self, tensor: Any, index: tuple[slice, ...], out: np.ndarray) -> None:
+        """Copies the block `index` of the part from its HF tensor (sliced lazily) into `out`, in out's dtype."""
+        hf_index = self.hf_index(index)
+        block = tensor[hf_index or ...]
+        if hf_index is None:
+            out[...] = (block.T if self.in_axes else block).reshape(self.shape)[index]
+        elif not self.in_axes:
+            out[...] = block.reshape(out.shape)
+        else:
+            matrix = out.reshape(block.shape[::-1])  # a view: `out` is contiguous
+            for i in range(0, matrix.shape[0], _TILE):
+                for j in range(0, matrix.shape[1], _TILE):
+                    matrix[i : i + _TILE, j : j + _TILE] = block[j : j + _TILE, i : i + _TILE].T
 
     def to_hf(self, part: np.ndarray) -> np.ndarray:
         flat = part.reshape(self.hf_shape[::-1] if self.in_axes else self.hf_shape)
@@ -154,55 +145,102 @@ def _leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 def load_pretrained(
     path: str | os.PathLike, *, mesh: Mesh | None = None, dtype: Any = "float32", **dials: Any
 ) -> tuple[LanguageModel, dict[str, Any]]:
-    """Reads a Hugging Face folder: (model, params), params in `dtype` (None: as stored).
+    """Reads a Hugging Face model: (model, params), params in `dtype` (None: as stored).
 
-    With a mesh, parameters are built directly in their shards. `dials` set DecoderConfig fields
-    (compute_dtype, remat, ...). UserError names every unmapped, doubled, missing and misshapen
-    tensor at once.
+    `path` is a folder, a remote folder (gs://...) or a hub id (org/name@revision), see hub.resolve.
+    With a mesh, parameters are built directly in their shards: the host holds one shard of one
+    leaf at a time beside what its own devices hold. `dials` set DecoderConfig fields
+    (compute_dtype, remat, ...). UserError, in one line, for whatever cannot be read, with every
+    unmapped, doubled, missing and misshapen tensor at once.
     """
-    folder = Path(path)
+    dtype = None if dtype is None else float_dtype(dtype)
+    _check_mesh(mesh)
+    folder = hub.resolve(path).folder
+    model = _read_model(folder, dials)
+    shapes = model.param_shapes()
+    shardings = None if mesh is None else dict(_leaves(shardings_for(mesh, model.param_axes(), shapes)))
+    by_path: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in conversion_table(model):
+        by_path.setdefault(entry.path, []).append(entry)
+    stored = _list_tensors(folder)
+    _check(conversion_table(model), stored, model, folder)
+    params = {}
+    for leaf_path, leaf in _leaves(shapes):
+        entries = by_path[leaf_path]
+        kind = dtype or functools.reduce(jnp.promote_types, {stored[entry.name].dtype for entry in entries})
+        with _slices(stored, entries) as slices:
+            read = functools.partial(_read_block, entries, slices, leaf.shape, kind)
+            _insert(params, leaf_path, _place(read, leaf.shape, shardings and shardings[leaf_path]))
+    return model, params
+
+
+def float_dtype(dtype: Any) -> np.dtype:
+    """The dtype that a name or dtype means; UserError unless parameters may have it."""
+    try:
+        named = jnp.dtype(dtype)
+    except TypeError:
+        named = None
+    if named is None or named.name not in _DTYPES:
+        name = dtype if isinstance(dtype, str) else getattr(named, "name", repr(dtype))
+        raise UserError(f"dtype {name!r} is not one for parameters{nearest(str(name), _DTYPES)}")
+    return named
+
+
+def _check_mesh(mesh: Any) -> None:
+    if mesh is None:
+        return
+    if not isinstance(mesh, Mesh):
+        raise UserError(f"mesh is a {type(mesh).__name__}; wanted a jax.sharding.Mesh, as sharding.make_mesh gives")
+    for axis in mesh.axis_names:
+        if axis not in MESH_AXES:
+            raise UserError(f"mesh axis {axis!r} is not known{nearest(str(axis), MESH_AXES)}")
+
+
+def _read_model(folder: Path, dials: Mapping[str, Any]) -> LanguageModel:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json")
     try:
-        hf_config = json.loads(config_file.read_text())
-    except json.JSONDecodeError as error:
+        text = config_file.read_text(encoding="utf-8")
+        hf_config = json.loads(text)
+    except ValueError as error:  # JSON and UTF-8 errors
         raise UserError(f"{config_file} is not valid JSON: {error}") from None
-    model = dataclasses.replace(from_config(hf_config, **dials), hf_config=config_file.read_text())
-    shapes = model.param_shapes()
-    shardings = None if mesh is None else dict(_leaves(shardings_for(mesh, model.param_axes(), shapes)))
-    with contextlib.ExitStack() as stack:
-        tensors = _open_tensors(folder, stack)
-        _check(conversion_table(model), tensors, model, folder)
-        by_path: dict[tuple[str, ...], list[Entry]] = {}
-        for entry in conversion_table(model):
-            by_path.setdefault(entry.path, []).append(entry)
-        params = {}
-        for leaf_path, leaf in _leaves(shapes):
-            read = _reader(by_path[leaf_path], tensors, leaf.shape, dtype)
-            if shardings is None:
-                array = jax.device_put(read((slice(None),) * len(leaf.shape)))
-            else:
-                array = jax.make_array_from_callback(leaf.shape, shardings[leaf_path], read)
-            _insert(params, leaf_path, jax.block_until_ready(array))
-    return model, params
+    return dataclasses.replace(from_config(hf_config, **dials), hf_config=text)
 
 
-def _reader(entries: list[Entry], tensors: Mapping[str, Any], shape: tuple[int, ...], dtype: Any) -> Callable:
-    """A function: index (one slice per axis) -> that block of the leaf as numpy."""
+def _place(read: Callable, shape: tuple[int, ...], sharding: Any) -> jax.Array:
+    """The array whose blocks `read` gives, each read once and handed to every device that holds it."""
+    if sharding is None:
+        return jax.block_until_ready(jax.device_put(read(tuple(slice(0, size) for size in shape))))
+    devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        devices.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, holders in devices.items():
+        block = read(tuple(slice(*bound) for bound in bounds))
+        arrays += jax.block_until_ready([jax.device_put(block, device) for device in holders])
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
-    def part(entry: Entry, index: tuple[slice, ...]) -> np.ndarray:
-        tensor = tensors[entry.name][...]
-        block = entry.to_ours(tensor)[index]
-        return block if dtype is None else block.astype(jnp.dtype(dtype))
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        if entries[0].group is None:
-            return np.ascontiguousarray(part(entries[0], index))
-        groups = range(*index[0].indices(shape[0]))
-        return np.stack([part(entries[group], index[1:]) for group in groups])
+def _read_block(
+    entries: list[Entry], slices: Mapping[str, Any], shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...]
+) -> np.ndarray:
+    """The block `index` (one slice per axis) of a leaf."""
+    out = _aligned_empty(tuple(part.stop - part.start for part in index), dtype)
+    if entries[0].group is None:
+        entries[0].read(slices[entries[0].name], index, out)
+    else:
+        for place, group in enumerate(range(shape[0])[index[0]]):
+            entries[group].read(slices[entries[group].name], index[1:], out[place])
+    return out
 
-    return read
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _insert(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
@@ -211,20 +249,34 @@ def _insert(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
     tree[path[-1]] = leaf
 
 
-class _Tensors(dict):
-    """Tensor name -> lazy slice; names found in more than one file are kept aside."""
+class _Stored(NamedTuple):
+    """Where a tensor lies and what it is; `also_in` are further files that have one of its name."""
 
-    def __init__(self):
-        super().__init__()
-        self.doubled: set[str] = set()
+    file: Path
+    shape: tuple[int, ...]
+    code: str  # safetensors' name of its dtype: F32, BF16, ...
+    also_in: tuple[Path, ...] = ()
+
+    @property
+    def dtype(self) -> np.dtype:
+        return jnp.dtype({"BF16": "bfloat16"}.get(self.code, self.code.replace("F", "float")))
 
 
-def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> _Tensors:
+@contextlib.contextmanager
+def _slices(stored: Mapping[str, _Stored], entries: list[Entry]) -> Iterator[dict[str, Any]]:
+    """Tensor name -> lazy slice. The files are mapped for one leaf only: their pages do not pile up."""
+    with contextlib.ExitStack() as stack:
+        files = sorted({stored[entry.name].file for entry in entries})
+        handles = {file: stack.enter_context(safe_open(file, framework="numpy")) for file in files}
+        yield {entry.name: handles[stored[entry.name].file].get_slice(entry.name) for entry in entries}
+
+
+def _list_tensors(folder: Path) -> dict[str, _Stored]:
     index_file = folder / _INDEX_FILE
     if index_file.is_file():
         try:
             listed = set(json.loads(index_file.read_text())["weight_map"].values())
-        except (json.JSONDecodeError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"{index_file} is not a safetensors index") from None
         files = [folder / name for name in sorted(listed)]
     elif (folder / "model.safetensors").is_file():
@@ -234,32 +286,45 @@ def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> _Tensors:
     absent = [file.name for file in files if not file.is_file()]
     if absent or not files:
         raise UserError(f"{folder} lacks {', '.join(absent) if absent else 'safetensors files'}")
-    tensors = _Tensors()
+    found: dict[str, _Stored] = {}
     for file in files:
         try:
-            handle = stack.enter_context(safe_open(file, framework="numpy"))
-        except SafetensorError as error:
-            raise UserError(f"{file} is not a whole safetensors file: {error}") from None
-        for name in handle.keys():  # noqa: SIM118 (not a dict)
-            if name in tensors:
-                tensors.doubled.add(name)
-            tensors[name] = handle.get_slice(name)
-    return tensors
+            with safe_open(file, framework="numpy") as handle:
+                slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+                here = {name: _Stored(file, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is not a whole safetensors file: {_why(file, error)}") from None
+        for name, tensor in here.items():
+            if name in found:
+                tensor = found[name]._replace(also_in=(*found[name].also_in, file))
+            found[name] = tensor
+    return found
 
 
-def _check(table: list[Entry], tensors: _Tensors, model: LanguageModel, folder: Path) -> None:
+def _why(file: Path, error: Exception) -> str:
+    with contextlib.suppress(OSError), open(file, "rb") as handle:
+        if handle.read(19) == b"version https://git":
+            return "it is a git-lfs pointer; run `git lfs pull`"
+    return str(error)
+
+
+def _check(table: list[Entry], stored: Mapping[str, _Stored], model: LanguageModel, folder: Path) -> None:
     """Raises one UserError with everything that does not fit."""
     wanted = {entry.name: entry for entry in table}
+    present = {name: stored[name] for name in wanted if name in stored}
     # A tied checkpoint may repeat the table as lm_head; old ones keep a buffer of RoPE frequencies.
     spare = {"lm_head.weight"} if model.config.tie_embeddings else set()
     problems = {
-        "unmapped": [n for n in tensors if n not in wanted and n not in spare and _ROPE_BUFFER not in n],
-        "doubled": sorted(tensors.doubled),
-        "missing": [name for name in wanted if name not in tensors],
+        "unmapped": [n for n in stored if n not in wanted and n not in spare and _ROPE_BUFFER not in n],
+        "doubled": sorted(name for name, tensor in stored.items() if tensor.also_in),
+        "missing": [name for name in wanted if name not in stored],
         "misshapen": [
-            f"{name} {tuple(tensors[name].get_shape())}, wanted {entry.hf_shape}"
-            for name, entry in wanted.items()
-            if name in tensors and tuple(tensors[name].get_shape()) != entry.hf_shape
+            f"{name} {tensor.shape}, wanted {wanted[name].hf_shape}"
+            for name, tensor in present.items()
+            if tensor.shape != wanted[name].hf_shape
+        ],
+        "not in a floating-point type": [
+            f"{name} {tensor.code}" for name, tensor in present.items() if tensor.code not in _FLOATS
         ],
     }
     _report(f"the tensors of {folder} do not fit its config.json", problems)
@@ -280,22 +345,30 @@ def _some(names: list[str], most: int = 8) -> str:
 
 
 def save_pretrained(
-    path: str | os.PathLike, model: LanguageModel, params: Mapping[str, Any], *, dtype: Any = None
+    path: str | os.PathLike,
+    model: LanguageModel,
+    params: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    tokenizer_from: str | os.PathLike | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a Hugging Face folder (config.json, safetensors), in the params' dtype unless given.
 
-    The folder is written beside its place and renamed. In a multi-host run every process must
-    call this; the first one writes. UserError when params do not belong to the model, or when
-    `path` holds files that are not those of an exported model.
+    `tokenizer_from` is a folder (or whatever hub.resolve takes) whose tokenizer files and
+    generation_config.json are copied along; `record` (plain values, e.g. where the weights came
+    from) is kept in sdzero_export.json. The folder is written beside its place and renamed. In a
+    multi-host run every process must call this; the first one writes. UserError when params do
+    not belong to the model, or when `path` holds files that were not exported here.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
+    dtype = None if dtype is None else float_dtype(dtype)
     _check_params(model, params)
-    _check_replaceable(folder)
+    check_replaceable(folder)
+    side_files = [] if tokenizer_from is None else _side_files(hub.resolve(tokenizer_from, weights=False).folder)
     leaves = dict(_leaves(params))
     table = conversion_table(model)
-    sizes = {
-        entry.name: math.prod(entry.shape) * jnp.dtype(dtype or leaves[entry.path].dtype).itemsize for entry in table
-    }
+    sizes = {entry.name: math.prod(entry.shape) * (dtype or leaves[entry.path].dtype).itemsize for entry in table}
     files = _split(table, sizes)
     writes = jax.process_index() == 0
     temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
@@ -314,22 +387,37 @@ def save_pretrained(
             if len(files) > 1:
                 index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
                 (temporary / _INDEX_FILE).write_text(json.dumps(index, indent=2))
-            (temporary / "config.json").write_text(_config_text(model))
+            (temporary / "config.json").write_text(_config_text(model, dtype or leaves[("embedding",)].dtype))
+            for file in side_files:
+                shutil.copyfile(file, temporary / file.name)
+            (temporary / _EXPORT_FILE).write_text(json.dumps(dict(record or {}), indent=2) + "\n")
             _replace(folder, temporary)
     finally:
         if writes:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _config_text(model: LanguageModel) -> str:
+def _side_files(folder: Path) -> list[Path]:
+    """Tokenizer and generation files of a folder; UserError when it has no tokenizer."""
+    found = [folder / name for name in hub.SIDE_FILES if (folder / name).is_file()]
+    if not any(file.name in hub.TOKENIZER_FILES for file in found):
+        raise UserError(f"{folder} has no tokenizer files ({hub.TOKENIZER_FILES[0]}, ...)")
+    return found
+
+
+def _config_text(model: LanguageModel, dtype: np.dtype) -> str:
     config = to_hf_config(model)
+    # Readers take the weights in the type that the config names: it must be the one they are stored in.
+    field = "dtype" if "dtype" in config else "torch_dtype"
     # Byte for byte what was read, while it still says the same.
-    if model.hf_config and json.loads(model.hf_config) == config:
+    if model.hf_config and json.loads(model.hf_config) == config and config.get(field) == dtype.name:
         return model.hf_config
-    return json.dumps(config, indent=2) + "\n"
+    return json.dumps({**config, field: dtype.name}, indent=2) + "\n"
 
 
 def _hf_tensor(leaf: Any, entry: Entry, dtype: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and [device.platform for device in leaf.devices()] == ["cpu"]:
+        leaf = np.asarray(leaf)  # the very memory: no copy, and no program to cut it
     part = leaf if entry.group is None else leaf[entry.group]
     if isinstance(part, jax.Array) and not part.is_fully_addressable:
         from jax.experimental import multihost_utils
@@ -366,13 +454,16 @@ def _check_params(model: LanguageModel, params: Mapping[str, Any]) -> None:
     _report("these parameters do not belong to this model", problems)
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
+    """UserError unless `folder` is new, empty or an export of this program and nothing else."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give a folder")
-    ours = ("config.json", _INDEX_FILE)
-    others = [f.name for f in folder.glob("*") if f.name not in ours and f.suffix != ".safetensors"]
-    if others:
-        raise UserError(f"{folder} holds other files ({_some(sorted(others), 3)}); give a new folder")
+    present = sorted(file.name for file in folder.glob("*"))
+    known = {"config.json", _INDEX_FILE, _EXPORT_FILE, *hub.SIDE_FILES}
+    others = [name for name in present if name not in known and not name.endswith(".safetensors")]
+    if others or (present and _EXPORT_FILE not in present):
+        names = _some(others or present, 3)
+        raise UserError(f"{folder} holds files that were not exported here ({names}); give a new folder")
 
 
 def _replace(folder: Path, temporary: Path) -> None:

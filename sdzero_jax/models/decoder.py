@@ -16,15 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from sdzero_jax.errors import UserError, nearest
-from sdzero_jax.ops.attention import IMPLEMENTATIONS, attention
+from sdzero_jax.ops.attention import IMPLEMENTATIONS, KERNELS, attention
 from sdzero_jax.sharding import constrain
 
 _CHOICES = {
     "norm_position": ("pre", "post"),
     "qk_norm": ("head", "projection", "none"),
-    "remat": ("none", "dots", "full"),
+    "remat": ("none", "dots", "full", "offload"),
     "param_dtype": ("float32", "bfloat16", "float16"),
     "compute_dtype": ("float32", "bfloat16", "float16"),
     "attention": IMPLEMENTATIONS,
@@ -61,8 +62,10 @@ class DecoderConfig:
     initializer_range: Annotated[float, "standard deviation of random weights"] = 0.02
     param_dtype: Annotated[str, "dtype of random weights: float32, bfloat16 or float16"] = "float32"
     compute_dtype: Annotated[str, "dtype of activations: float32, bfloat16 or float16"] = "float32"
-    remat: Annotated[str, "recomputed in the backward pass: none, dots (all but matmuls) or full"] = "none"
-    attention: Annotated[str, "attention implementation: auto, reference or chunked"] = "auto"
+    remat: Annotated[
+        str, "recomputed in the backward pass: none, dots (all but matmuls), full, offload (full, inputs on the host)"
+    ] = "none"
+    attention: Annotated[str, "attention: auto, reference, chunked, cudnn (GPU) or splash (TPU)"] = "auto"
 
     def __post_init__(self):
         for field, choices in _CHOICES.items():
@@ -164,6 +167,7 @@ class _Where:
     kv_positions: jax.Array  # [B, S] (T without a cache)
     kv_segments: jax.Array  # [B, S]
     slots: jax.Array | None  # [B, T] slot each token is written to; S (out of range) for padding
+    layout: str = struct.field(pytree_node=False)  # of the rows, as `ops.attention` names them
 
 
 def _norm(x: jax.Array, scale: jax.Array, eps: float, axes: tuple[int, ...] = (-1,)) -> jax.Array:
@@ -171,6 +175,17 @@ def _norm(x: jax.Array, scale: jax.Array, eps: float, axes: tuple[int, ...] = (-
     x32 = x.astype(jnp.float32)
     variance = jnp.mean(x32 * x32, axis=axes, keepdims=True)
     return (x32 * jax.lax.rsqrt(variance + eps) * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def _matmul(x: jax.Array, w: jax.Array, contracted: int = 1) -> jax.Array:
+    """x [..., C] times w [C, ...] over the last `contracted` axes of x, as a product of two matrices.
+
+    In the gradient of w a batch and a length would both be summed over, for which XLA writes down a
+    transposed copy of the cotangent; on a CPU that took longer than the product.
+    """
+    depth = math.prod(w.shape[:contracted])
+    out = x.reshape(-1, depth) @ w.reshape(depth, -1)
+    return out.reshape(*x.shape[: x.ndim - contracted], *w.shape[contracted:])
 
 
 class _Weights(nn.Module):
@@ -205,7 +220,7 @@ class _Attention(_Weights):
         w_k = self.matrix("key", (hidden, kv_heads, width), ("embed", "kv_heads", "head_dim"))
         w_v = self.matrix("value", (hidden, kv_heads, width), ("embed", "kv_heads", "head_dim"))
         w_out = self.matrix("out", (heads, width, hidden), ("heads", "head_dim", "embed"))
-        q, k, v = (jnp.einsum("btd,dnh->btnh", x, w) for w in (w_q, w_k, w_v))
+        q, k, v = (_matmul(x, w) for w in (w_q, w_k, w_v))
         if c.attention_bias:
             q = q + self.bias("query_bias", (heads, width), ("heads", "head_dim"))
             k = k + self.bias("key_bias", (kv_heads, width), ("kv_heads", "head_dim"))
@@ -222,8 +237,12 @@ class _Attention(_Weights):
         k = constrain(_rotate(k, where.tables[self.layer_type]), "batch", "length", "act_heads", None)
         if kv is not None:
             kv = tuple(_write(old, layer, where.slots, new) for old, new in zip(kv, (k, v), strict=True))
+        implementation = c.attention
+        if kv is not None and where.layout == "any":
             k, v = (jax.lax.dynamic_index_in_dim(cached, layer, 0, keepdims=False) for cached in kv)
             k, v = k.astype(q.dtype), v.astype(q.dtype)  # [B, S, KV, H]
+            # The kernels cannot read a cache, and a model that trains with one must also decode.
+            implementation = "auto" if c.attention in KERNELS else c.attention
         out = attention(
             q,
             k,
@@ -233,9 +252,10 @@ class _Attention(_Weights):
             q_segments=where.segments,
             kv_segments=where.kv_segments,
             window=c.sliding_window if self.layer_type == "sliding" else None,
-            implementation=c.attention,
+            layout=where.layout,
+            implementation=implementation,
         )  # [B, T, N, H]
-        out = jnp.einsum("btnh,nhd->btd", out, w_out)
+        out = _matmul(out, w_out, 2)
         if c.attention_bias:
             out = out + self.bias("out_bias", (hidden,), ("norm",))
         return out, kv
@@ -251,10 +271,10 @@ class _Mlp(_Weights):
     @nn.compact
     def __call__(self, x):
         hidden, wide = self.config.hidden_size, self.config.intermediate_size
-        gate = x @ self.matrix("gate", (hidden, wide), ("embed", "mlp"))
-        up = x @ self.matrix("up", (hidden, wide), ("embed", "mlp"))
+        gate = _matmul(x, self.matrix("gate", (hidden, wide), ("embed", "mlp")))
+        up = _matmul(x, self.matrix("up", (hidden, wide), ("embed", "mlp")))
         wide_out = constrain(jax.nn.silu(gate) * up, "batch", "length", "act_mlp")
-        return wide_out @ self.matrix("down", (wide, hidden), ("mlp", "embed"))
+        return _matmul(wide_out, self.matrix("down", (wide, hidden), ("mlp", "embed")))
 
 
 class _Block(_Weights):
@@ -263,6 +283,7 @@ class _Block(_Weights):
     @nn.compact
     def __call__(self, x, kv, layer, where: _Where):
         c = self.config
+        x = checkpoint_name(x, _BLOCK_INPUT)
         before = c.norm_position == "pre"
         attention_norm = self.scale("attention_norm", (c.hidden_size,), ("norm",))
         mlp_norm = self.scale("mlp_norm", (c.hidden_size,), ("norm",))
@@ -276,9 +297,18 @@ class _Block(_Weights):
         return constrain(x, "batch", "length", "act_embed"), kv
 
 
+_BLOCK_INPUT = "block_input"
+# What a block keeps for its backward pass. Its inputs are kept in any case, unless the policy keeps
+# something that everything else follows from: for offload, the input's copy in the host's memory.
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -293,8 +323,10 @@ class _Group(nn.Module):
         pattern = self.config.layer_pattern
         block = _Block
         if self.config.remat != "none":
-            # The scan around us is what keeps the compiler from undoing the recomputation.
-            block = nn.remat(_Block, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=False)
+            # The scan around us keeps the compiler from undoing the recomputation. Blocks that share one
+            # body also need a barrier, or all of them are recomputed before the first gradient is there.
+            alone = len(pattern) == 1
+            block = nn.remat(_Block, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=not alone)
         for i, layer_type in enumerate(pattern):
             x, kv = block(self.config, layer_type, name=f"block_{i}")(x, kv, group * len(pattern) + i, where)
         return (x, kv), None
@@ -311,9 +343,12 @@ class _Decoder(_Weights):
         table = self._declare("embedding", init, (c.vocab_size, c.hidden_size), ("vocab", "embed"))
         if not c.tie_embeddings:
             self._declare("unembedding", init, (c.vocab_size, c.hidden_size), ("vocab", "embed"))
-        # Looked up in rows of full width: a table cut along its width would be looked up for every
-        # device's tokens by every device.
-        x = jnp.take(constrain(table, "vocab", None), tokens, axis=0).astype(c.compute_dtype)
+        # The table stays cut along its width: every device looks its columns up for all rows that share
+        # them, and one exchange of activations follows. Gathering the table, and summing its gradient
+        # from every device, would each hold a whole [V, D] in float32.
+        tokens = constrain(tokens, "lookup_batch", "length")
+        x = jnp.take(constrain(table, "vocab", "embed"), tokens, axis=0).astype(c.compute_dtype)
+        x = constrain(x, "lookup_batch", "length", "embed")
         x = constrain(x, "batch", "length", "act_embed")
         # The whole cache is carried and written in place: scanning it in and out would copy it.
         scanned = nn.scan(
@@ -357,7 +392,8 @@ class LanguageModel:
 
     def _boxed(self, key):
         tokens = jnp.zeros((1, 1), jnp.int32)
-        return _Decoder(self.config).init(key, tokens, None, self._where(tokens, None, None, None))["params"]
+        config = dataclasses.replace(self.config, attention="reference")  # a kernel's device may be elsewhere
+        return _Decoder(config).init(key, tokens, None, self._where(tokens, None, None, None, "any"))["params"]
 
     def _abstract(self):
         return jax.eval_shape(self._boxed, jax.random.key(0))
@@ -383,6 +419,7 @@ class LanguageModel:
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
+        row_layout: str | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """tokens [B, T] -> (hidden [B, T, D] after the final norm, cache).
 
@@ -391,7 +428,16 @@ class LanguageModel:
         counted on from the row's length). With a cache, the non-padding tokens of row b go to the
         slots from length[b] on and length[b] grows by their number; tokens beyond the last slot
         are lost, so size the cache for the longest row. Hidden states of padding are meaningless.
+
+        row_layout (static) is what the caller promises about positions and segments, as in
+        `ops.attention`: "any" (the default, unless both are left out), "packed" or "padded"; the fused
+        attention kernels need one of the last two. With a cache these also promise that it is empty:
+        the tokens then attend to each other and nothing is read back.
         """
+        if row_layout is None:
+            row_layout = "padded" if segment_ids is None and positions is None and cache is None else "any"
+        if self.config.remat == "offload":
+            _need_host_memory()
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
         slots = None
@@ -409,31 +455,47 @@ class LanguageModel:
             )
         elif positions is None:
             positions = _positions_in_runs(segment_ids)
-        where = self._where(positions, segment_ids, slots, cache)
+        where = self._where(positions, segment_ids, slots, cache, row_layout)
         kv = None if cache is None else (cache.k, cache.v)
         hidden, kv = _Decoder(self.config).apply({"params": params}, tokens, kv, where)
         return hidden, (None if cache is None else cache.replace(k=kv[0], v=kv[1]))
 
-    def _where(self, positions, segment_ids, slots, cache):
+    def _where(self, positions, segment_ids, slots, cache, layout):
         segment_ids = jnp.ones_like(positions) if segment_ids is None else segment_ids
         kinds = dict.fromkeys(self.config.layer_pattern)
+        cached = cache is not None and layout == "any"
         return _Where(
             positions=positions,
             segments=segment_ids,
             tables={kind: rope_table(self.config, kind, positions) for kind in kinds},
-            kv_positions=positions if cache is None else cache.positions,
-            kv_segments=segment_ids if cache is None else cache.segment_ids,
+            kv_positions=cache.positions if cached else positions,
+            kv_segments=cache.segment_ids if cached else segment_ids,
             slots=slots,
+            layout=layout,
         )
 
     def unembedding(self, params: dict[str, Any]) -> jax.Array:
         """The output matrix [V, D] in the parameters' dtype: the embedding table when tied."""
-        return params["embedding" if self.config.tie_embeddings else "unembedding"]
+        # The constraint is for its gradient: each device keeps its part of the sum, not the whole matrix.
+        return constrain(params["embedding" if self.config.tie_embeddings else "unembedding"], "vocab", "embed")
 
     def unembed(self, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., V] float32, accumulated in float32."""
         weight = self.unembedding(params).astype(hidden.dtype)
         return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+
+
+def _need_host_memory() -> None:
+    """Refuses remat="offload" on devices without a pinned host memory; those of a slice to come are trusted."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.platform != jax.default_backend():
+        return
+    kinds = [memory.kind for memory in jax.local_devices()[0].addressable_memories()]
+    if "pinned_host" not in kinds:
+        raise UserError(
+            f"remat='offload' needs devices with a pinned_host memory, and {jax.default_backend()} has "
+            f"{', '.join(kinds)}; the nearest that needs none: full"
+        )
 
 
 def _is_boxed(node: Any) -> bool:

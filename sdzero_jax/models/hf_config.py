@@ -42,11 +42,21 @@ def common_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     missing = [key for key in _REQUIRED if hf.get(key) is None]
     if missing:
         raise UserError(f"the model's config.json lacks {', '.join(missing)}")
+    wrong = [
+        f"{key}={hf[key]!r}"
+        for key in (*_REQUIRED, "num_key_value_heads", "head_dim")
+        if hf.get(key) is not None and (type(hf[key]) is not int or hf[key] < 1)
+    ]
+    if wrong:
+        raise UserError(f"in the model's config.json {wrong[0]} is not a whole number above 0")
     refused = []
     if hf.get("hidden_act", "silu") != "silu":
         refused.append(f"hidden_act={hf['hidden_act']!r} (only 'silu')")
     if hf.get("attention_dropout"):
         refused.append(f"attention_dropout={hf['attention_dropout']} (only 0)")
+    for key, neutral in (("num_experts", 0), ("partial_rotary_factor", 1.0)):
+        if (hf.get(key) or neutral) != neutral:
+            refused.append(f"{key}={hf[key]} (only {neutral})")
     if hf.get("quantization_config"):
         refused.append("quantization_config (only unquantised weights)")
     if refused:
@@ -79,6 +89,14 @@ def check_layer_count(hf: Mapping[str, Any], layer_types: Sequence[str]) -> None
         raise UserError(
             f"the model's config.json lists {len(layer_types)} layer_types for {hf['num_hidden_layers']} layers"
         )
+
+
+def sliding_window(hf: Mapping[str, Any]) -> int:
+    """The window of sliding layers; 4096 where the file is silent, UserError where it says none."""
+    window = hf.get("sliding_window", 4096)
+    if type(window) is not int or window < 1:
+        raise UserError(f"the model's config.json has sliding layers, but no sliding_window (it is {window!r})")
+    return window
 
 
 def rope_entries(hf: Mapping[str, Any], default_theta: float) -> dict[str, dict[str, Any] | None]:

@@ -8,6 +8,7 @@ from sdzero_jax.models import hf_config
 from sdzero_jax.models.decoder import DecoderConfig
 
 MODEL_TYPE = "olmo3"
+ARCHITECTURE = "Olmo3ForCausalLM"
 # Our parameter -> the family's tensor inside model.layers.N (the rest is common, see convert.py).
 NORM_NAMES = {
     "attention_norm": "post_attention_layernorm.weight",
@@ -33,12 +34,14 @@ def from_hf(hf: Mapping[str, Any], **dials: Any) -> DecoderConfig:
     if sliding is not None and sliding["rope_type"] != "default":
         kind = sliding["rope_type"]
         raise UserError(f"rope_type {kind!r} on Olmo-3's sliding layers is not supported; use 'default'")
+    pattern = hf_config.layer_pattern(layer_types)
+    if "sliding" in pattern:
+        fields["sliding_window"] = hf_config.sliding_window(hf)
     fields.update(
         rms_norm_eps=hf.get("rms_norm_eps", 1e-5),
         norm_position="post",
         qk_norm="projection",
-        layer_pattern=hf_config.layer_pattern(layer_types),
-        sliding_window=hf.get("sliding_window") or 4096,
+        layer_pattern=pattern,
         rope_theta=full["rope_theta"],
         rope_theta_sliding=(sliding or full)["rope_theta"],
         max_position=hf.get("max_position_embeddings", 2048),
@@ -54,7 +57,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     layers only.
     """
     return {
-        "architectures": ["Olmo3ForCausalLM"],
+        "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         **hf_config.write_common(config),
         "rope_parameters": {
@@ -65,25 +68,29 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def olmo3_7b_instruct(**dials: Any) -> DecoderConfig:
-    """Olmo-3-7B-Instruct, as in its published config.json."""
-    fields = dict(
-        vocab_size=100_278,
-        hidden_size=4096,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        head_dim=128,
-        intermediate_size=11_008,
-        norm_position="post",
-        qk_norm="projection",
-        layer_pattern=("sliding", "sliding", "sliding", "full"),
-        sliding_window=4096,
-        rope_theta=_THETA,
-        rope_theta_sliding=_THETA,
-        yarn_factor=8.0,
-        yarn_original_length=8192,
-        yarn_attention_factor=1.2079441541679836,
-        max_position=65_536,
-    )
-    return DecoderConfig(**{**fields, **dials})
+# The published config.json files after long-context training: Base, Instruct and Think of one size are alike
+# (and so are those of Olmo-3.1, 32B).
+_COMMON = dict(
+    vocab_size=100_278,
+    head_dim=128,
+    norm_position="post",
+    qk_norm="projection",
+    layer_pattern=("sliding", "sliding", "sliding", "full"),
+    sliding_window=4096,
+    rope_theta=_THETA,
+    rope_theta_sliding=_THETA,
+    yarn_factor=8.0,
+    yarn_original_length=8192,
+    yarn_attention_factor=1.2079441541679836,
+    max_position=65_536,
+)
+_7B = dict(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, intermediate_size=11_008)
+_32B = dict(hidden_size=5120, num_layers=64, num_heads=40, num_kv_heads=8, intermediate_size=27_648)
+# Preset name -> its DecoderConfig fields.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "olmo3_7b_instruct": _COMMON | _7B,
+    "olmo3_7b_think": _COMMON | _7B,
+    "olmo3_32b_think": _COMMON | _32B,
+    "olmo3_1_32b_instruct": _COMMON | _32B,
+    "olmo3_1_32b_think": _COMMON | _32B,
+}

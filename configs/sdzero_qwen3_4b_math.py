@@ -1,0 +1,55 @@
+"""SD-Zero on Qwen3-4B-Instruct-2507 with competition mathematics, responses of up to 16,384 tokens.
+
+Command:   python run.py configs/sdzero_qwen3_4b_math.py
+Before:    python run.py doctor configs/sdzero_qwen3_4b_math.py --topology v6e:4x4
+Hardware:  16 accelerators; see the doctor for what fits which slice
+Expected:  not run yet. The paper (arXiv:2604.12002) has the figures that this setting is after
+"""
+
+from sdzero_jax.batches import DistillLayout
+from sdzero_jax.collect import CollectConfig
+from sdzero_jax.config import BaseConfig, Config, DistillConfig, SrtConfig
+from sdzero_jax.evaluate import EvaluateConfig
+from sdzero_jax.methods import SrtData
+from sdzero_jax.models import PRESETS
+from sdzero_jax.optimizer import OptimizerConfig
+from sdzero_jax.problems import ProblemsConfig
+from sdzero_jax.rollouts import SamplingConfig
+from sdzero_jax.sampler import SamplerConfig
+from sdzero_jax.sharding import mesh_preset
+
+DEVICES = 16
+PROMPT, RESPONSE = 1024, 16_384  # tokens
+
+
+def get_config() -> Config:
+    sampling = SamplingConfig(temperature=0.7, max_new_tokens=RESPONSE)
+    return Config(
+        name="sdzero_qwen3_4b_math",
+        run_dir="runs/sdzero_qwen3_4b_math",
+        phrases="qwen3",
+        model=PRESETS["qwen3_4b_instruct_2507"](compute_dtype="bfloat16", remat="full"),
+        mesh=mesh_preset(DEVICES),
+        base=BaseConfig(pretrained="Qwen/Qwen3-4B-Instruct-2507", steps=0),
+        problems=ProblemsConfig(train="openr1_math_220k:train", test="math500:test", max_prompt_tokens=PROMPT),
+        sampler=SamplerConfig(slots=DEVICES),
+        collect=CollectConfig(questions=6000, revisions=3, sampling=sampling),
+        srt=SrtConfig(
+            epochs=3,
+            batch_size=DEVICES,
+            # x | y_init | d P_r d | y_rev
+            data=SrtData(max_length=PROMPT + 2 * RESPONSE + 64),
+            optimizer=OptimizerConfig(learning_rate=5e-6, schedule="cosine", weight_decay=1e-4),
+        ),
+        distill=DistillConfig(
+            questions=9000,
+            passes=1,
+            batch_size=DEVICES,
+            sampling=sampling,
+            layout=DistillLayout(
+                max_prompt=PROMPT, max_response=RESPONSE, max_teacher_tokens=PROMPT + 2 * RESPONSE + 64
+            ),
+            optimizer=OptimizerConfig(learning_rate=5e-6),
+        ),
+        evaluate=EvaluateConfig(questions=500, k=8, sampling=sampling),
+    )
