@@ -5,7 +5,7 @@ python run.py configs/NAME.py a.b=c      the whole pipeline of a config, with se
 python run.py STAGE configs/NAME.py ...  one stage: base, collect, srt, distill, evaluate, localise
 python run.py report RUN [RUN ...]       writes the report of finished or unfinished runs again
 python run.py doctor [configs/NAME.py]   what is installed, which devices there are, what runs where
-python run.py verify FILE                grades a JSON-lines file of maths responses
+python run.py verify FILE                grades a JSON-lines file of responses: mathematics or programs
 python run.py data prepare NAME          a named problem set, from the hub or from a folder (--from DIR)
 python run.py convert FROM TO            weights: Hugging Face folder or hub id <-> Orbax checkpoint
 
@@ -113,8 +113,8 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--topology", metavar="NAME", help="a TPU slice that need not be attached, such as v5p:2x2x4")
     doctor.add_argument("--compile", action="store_true", help="compare with the compiler's own count (minutes)")
     doctor.set_defaults(function=examine)
-    verify = commands.add_parser("verify", help="grade a JSON-lines file of maths responses")
-    verify.add_argument("file", help="one JSON object a line, with a response and a gold answer")
+    verify = commands.add_parser("verify", help="grade a JSON-lines file of responses")
+    verify.add_argument("file", help="one JSON object a line, with a response and a gold answer, or tests")
     verify.add_argument("--output", help="write every record with its verdict to this file")
     verify.add_argument("--response-field", help="name of the response's field (default: found by itself)")
     verify.add_argument("--gold-field", help="name of the gold answer's field (default: found by itself)")

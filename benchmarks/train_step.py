@@ -5,8 +5,8 @@ python benchmarks/train_step.py [--repeats 9] [--quick]     needs torch and tran
 Both sides do a whole step: student forward, teacher forward without gradients, reverse KL over the whole
 vocabulary at the response tokens only, backward, clipping by the global norm, AdamW. torch is given its
 advantages: no attention mask (the rows are full, so sdpa takes its causal path), hidden states gathered
-before the unembedding, the fused AdamW, and the fastest of its eager and sdpa attention. Before timing, the losses
-and gradient norms of the first steps must agree; then steps are interleaved and medians compared.
+before the unembedding, the fused AdamW, and the faster of its eager and sdpa attention. Before timing, the
+losses and gradient norms of the first steps must agree; then steps are interleaved and medians compared.
 Leaves out sampling, transfers of the batch and checkpoints.
 """
 
@@ -58,6 +58,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="a tiny model, to try the script")
+    parser.add_argument("--remat", default="dots", help="of our model: dots, none or full")
     parser.add_argument("--pause", type=float, default=0.2, help="seconds between steps: idle threads go to sleep")
     arguments = parser.parse_args()
     size = QUICK if arguments.quick else Size()
@@ -69,7 +70,7 @@ def main() -> int:
         return 2
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as folder:
-        ours, weights = jax_steps(size, Path(folder))
+        ours, weights = jax_steps(size, Path(folder), arguments.remat)
         steps = {"jax": ours}
         for attention in ("sdpa", "eager"):
             steps[f"torch {attention}"] = torch_step(size, weights, attention)
@@ -104,7 +105,7 @@ def batch_of(size: Size):
     return batch
 
 
-def jax_steps(size: Size, folder: Path):
+def jax_steps(size: Size, folder: Path, remat: str = "dots"):
     """(function that runs one step of ours and returns (loss, gradient norm), folders of the weights)."""
     import jax
 
@@ -126,6 +127,7 @@ def jax_steps(size: Size, folder: Path):
             rope_theta=1e6,
             rope_theta_sliding=1e6,
             tie_embeddings=True,
+            remat=remat,
         )
     )
     student, reviser = model.init(jax.random.key(0)), model.init(jax.random.key(1))
@@ -176,12 +178,11 @@ def torch_step(size: Size, weights, attention: str):
         fused=True,
     )
     batch = {name: torch.from_numpy(array) for name, array in batch_of(size).items()}
-    ends = {side: batch[f"{side}_index"][0, [0, -1]].tolist() for side in ("gen", "rev")}
-    parts = {side: slice(first, last + 1) for side, (first, last) in ends.items()}
+    first = {side: int(batch[f"{side}_index"][0, 0]) for side in ("gen", "rev")}
 
     def log_probs(model, side):
         hidden = model.model(input_ids=batch[f"{side}_tokens"], use_cache=False).last_hidden_state
-        return torch.log_softmax(model.lm_head(hidden[:, parts[side]]), dim=-1)
+        return torch.log_softmax(model.lm_head(hidden[:, first[side] : first[side] + size.response]), dim=-1)
 
     def run():
         optimizer.zero_grad(set_to_none=True)

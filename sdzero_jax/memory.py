@@ -35,6 +35,9 @@ from sdzero_jax.train_step import TrainStep, abstract_state, make_train_step
 # the programs that the TPU compiler makes for both families.
 _FORWARD = {"mlp": 3.0, "heads": 3.0, "hidden": 4.0}
 _BACKWARD = {"mlp": 5.0, "heads": 6.0, "hidden": 6.0}
+# What each further block of the layer pattern adds: the blocks share a loop body, where the compiler keeps
+# the recomputed activations of all of them, with or without barriers between them.
+_FURTHER_BLOCK = {"mlp": 3.0, "heads": 2.0, "hidden": 2.0}
 # Tiles of float32 logits at once: student, teacher, their log-probs and the gradient.
 _TILES = 5.0
 
@@ -113,7 +116,8 @@ def estimate(config: Config, mesh) -> Estimate:
     kept = residuals(local, rows, student)
     vocabulary = _vocabulary(config, local, rows, mesh)
     forward = _workspace(local, rows, _FORWARD)
-    backward = _workspace(local, rows, _BACKWARD)
+    further = _workspace(local, rows, _FURTHER_BLOCK) * (len(local.layer_pattern) - 1)
+    backward = _workspace(local, rows, _BACKWARD) + (further if local.remat != "none" else 0.0)
     own = {"activations kept": kept, "weights in the compute dtype": copies}
     return Estimate(
         state,

@@ -49,7 +49,8 @@ def topk_renormalise(s, t, k, support, inner):
 
 def topk_bucket(s, t, k, support, inner):
     def close(logp):
-        lse = np.log(np.exp(logp).sum(-1, keepdims=True))
+        with np.errstate(divide="ignore"):  # no mass at all
+            lse = np.log(np.exp(logp).sum(-1, keepdims=True))
         return np.concatenate([logp, np.log(-np.expm1(np.minimum(lse, -1e-7)))], -1)
 
     return inner(*(close(x) for x in _top(s, t, k, support)))

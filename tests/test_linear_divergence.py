@@ -1,5 +1,6 @@
 """The linear-divergence operators against float64 brute force, densely, by tiles and over a mesh."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def _token_form(inputs, **settings):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*inputs)
 
 
-FORMS = {"loss": _loss_form, "token": _token_form}
+FORMS = {"loss": _loss_form, "token": functools.partial(_token_form, save_logits_bytes=0)}
 SOME = ["forward_kl", "reverse_kl", "mixed_kl(0.5)", "jsd(0.1)", "topk(5, tail=bucket, divergence=jsd(0.3))"]
 
 
@@ -397,10 +398,23 @@ def test_no_logits_of_all_tokens_exist():
 def test_kept_log_probs_give_the_gradients_of_recomputed_ones(divergence):
     inputs = _inputs(n=37, vocab=101)
     kept, recomputed = (
-        FORMS["token"](inputs, divergence=divergence, tile=8, save_logits_bytes=size) for size in (2**30, 0)
+        _token_form(inputs, divergence=divergence, tile=8, save_logits_bytes=size) for size in (2**30, 0)
     )
     for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(recomputed), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_products_with_the_unembedding_are_four_or_six():
+    def products(form, **settings):
+        def run(*inputs):
+            return form(inputs, tile=8, **settings)
+
+        jaxpr = str(jax.make_jaxpr(run)(*_inputs()))
+        return jaxpr.count("dot_general")
+
+    assert products(_loss_form) == 4
+    assert products(_token_form) == 4  # kept by default at this size
+    assert products(_token_form, save_logits_bytes=0) == 6
 
 
 @pytest.mark.slow
@@ -446,14 +460,19 @@ SHARDED = """
         return ops.linear_divergence_loss(h, w, ht, wt, weights, ids=ids, tile=TILE)
 
 
-    def token(h, w, ht, wt, ids, weights):
-        out = ops.linear_divergence(h, w, ht, wt, ids=ids, tile=TILE)
+    def token(h, w, ht, wt, ids, weights, kept=0):
+        out = ops.linear_divergence(h, w, ht, wt, ids=ids, tile=TILE, save_logits_bytes=kept)
         return (out.value * weights + 0.1 * out.logp_student).sum(), out
+
+
+    def keeping(*inputs):
+        return token(*inputs, kept=8 * 144 * 64 // 8)  # what one of the eight devices needs
 
 
     for n, form, shape in (
         (144, loss, (2, 4, 1)), (144, token, (2, 4, 1)), (141, loss, (2, 4, 1)),
         (144, loss, (1, 1, 4)), (144, loss, (1, 2, 4)), (144, token, (1, 2, 4)),
+        (144, keeping, (2, 4, 1)), (141, keeping, (2, 4, 1)), (144, keeping, (1, 2, 4)), (144, token, (1, 1, 4)),
     ):
         inputs = _inputs(n=n, vocab=64)
         step = lambda: jax.jit(jax.value_and_grad(form, argnums=(0, 1), has_aux=True))

@@ -15,6 +15,7 @@ from sdzero_jax.errors import UserError
 from sdzero_jax.examples import Question, Verdict
 from sdzero_jax.verifiers import Failure, MathSettings, PoolSettings, VerifierPool, WorkerPool
 from sdzero_jax.verifiers.grade_file import grade_file
+from sdzero_jax.verifiers.sandbox import get_sandbox
 
 TWO = PoolSettings(workers=2, deadline=1.0)
 
@@ -289,6 +290,27 @@ def test_grade_file(tmp_path):
     assert written[1]["outcome"] == "correct" and written[1]["reward"] == 1.0
     with pytest.raises(UserError, match="exists"):
         grade_file(tmp_path / "in.jsonl", output=out, pool=TWO, progress=False)
+
+
+def test_lines_with_tests_are_programs(tmp_path):
+    try:
+        get_sandbox()
+    except UserError as error:
+        pytest.skip(str(error))
+    program = "```python\ndef double(x):\n    return {} * x\n```"
+    tests = {"test_list": ["assert double(4) == 8"]}
+    rows = [
+        {"response": program.format(2), "tests": tests},
+        {"response": "\\boxed{8}", "gold": "8"},
+        {"response": program.format(3), "tests": tests},
+        {"response": "no program", "tests": tests},
+    ]
+    out = tmp_path / "out.jsonl"
+    summary = grade_file(write(tmp_path / "in.jsonl", rows), output=out, pool=TWO, progress=False)
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["outcome"] for row in written] == ["correct", "correct", "wrong", "unparseable"]
+    assert [row["line"] for row in written] == [1, 2, 3, 4]
+    assert summary.accuracy == 0.5
 
 
 def test_grade_file_writes_whole_or_not_at_all(tmp_path, monkeypatch):

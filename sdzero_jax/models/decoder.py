@@ -323,10 +323,8 @@ class _Group(nn.Module):
         pattern = self.config.layer_pattern
         block = _Block
         if self.config.remat != "none":
-            # The scan around us keeps the compiler from undoing the recomputation. Blocks that share one
-            # body also need a barrier, or all of them are recomputed before the first gradient is there.
-            alone = len(pattern) == 1
-            block = nn.remat(_Block, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=not alone)
+            # The scan around us is what keeps the compiler from undoing the recomputation.
+            block = nn.remat(_Block, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=False)
         for i, layer_type in enumerate(pattern):
             x, kv = block(self.config, layer_type, name=f"block_{i}")(x, kv, group * len(pattern) + i, where)
         return (x, kv), None

@@ -1,24 +1,26 @@
 """Grades a file of responses: JSON lines in, verdicts out, a summary by outcome.
 
-Each line holds a response and its reference answer under one of the usual names. Leaves out code
-problems and the command line.
+Each line holds a response and, under one of the usual names, its reference answer, or the tests that its
+program must pass. Leaves out the command line.
 """
 
 import collections
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sdzero_jax.errors import UserError, nearest
-from sdzero_jax.examples import REWARDS
+from sdzero_jax.examples import REWARDS, Verdict
 from sdzero_jax.files import parse_jsonl, write_bytes_atomic
+from sdzero_jax.verifiers.code import Limits, judge_many
 from sdzero_jax.verifiers.math import MathSettings
 from sdzero_jax.verifiers.pool import PoolSettings, VerifierPool
 
 RESPONSE_FIELDS = ("response", "completion", "output", "generation", "prediction", "pred")
+TESTS_FIELD = "tests"
 GOLD_FIELDS = ("gold", "answer", "target", "reference", "solution", "label")
 
 
@@ -61,16 +63,19 @@ def grade_file(
     gold_field: str | None = None,
     pool: PoolSettings = PoolSettings(),
     math: MathSettings = MathSettings(),
+    limits: Limits = Limits(),
     progress: bool = True,
 ) -> FileSummary:
-    """Grades the maths responses of a JSONL file.
+    """Grades the responses of a JSONL file: programs where a line has "tests", else mathematics.
 
     Args:
-      path: the file; each line an object with a response and a gold (text, number or list of them).
+      path: the file; each line an object with a response, and a gold (text, number or list of them) or tests
+        in any form that `code_tests` reads.
       output: where to write {"line", "id" when there is one, "outcome", "reward", "detail"}, one line per
         response in the file's order; must not exist.
       response_field, gold_field: names of the fields; None takes the first usual name that the first line has.
-    Raises UserError for a missing or broken file, a missing field (with its line), an existing output.
+    Raises UserError for a missing or broken file, a missing field (with its line), an existing output, and
+      programs without a sandbox.
     """
     path = Path(path)
     if not path.is_file():
@@ -79,31 +84,48 @@ def grade_file(
         raise UserError(f"{output} exists; remove it or name another output file")
     records, numbers = _records(path)
     response_field = _field(records[0], response_field, RESPONSE_FIELDS, path, "response")
-    gold_field = _field(records[0], gold_field, GOLD_FIELDS, path, "gold")
+    if any(TESTS_FIELD not in record for record in records):
+        first = next(record for record in records if TESTS_FIELD not in record)
+        gold_field = _field(first, gold_field, GOLD_FIELDS, path, "gold")
     responses, golds = [], []
     for number, record in zip(numbers, records):
         response = record.get(response_field)
         if not isinstance(response, str):
             raise UserError(f"{path}, line {number}: {response_field!r} is {_kind(response)}, wanted text")
         responses.append(response)
-        golds.append(_golds(record.get(gold_field), f"{path}, line {number}: {gold_field!r}"))
-    return _grade(records, numbers, golds, responses, output, pool, math, progress)
+        is_code = TESTS_FIELD in record
+        golds.append(None if is_code else _golds(record.get(gold_field), f"{path}, line {number}: {gold_field!r}"))
+    tests = [record.get(TESTS_FIELD) for record in records]
+    verdicts = _verdicts(responses, golds, tests, pool, math, limits)
+    return _write(records, numbers, verdicts, output, progress)
 
 
-def _grade(records, numbers, golds, responses, output, pool, math, progress) -> FileSummary:
-    """Grades in parallel; the output appears whole, in the file's order, or not at all."""
+def _verdicts(responses, golds, tests, pool, math, limits) -> Iterator[tuple[int, Verdict]]:
+    """(index, Verdict) as they come, from workers on all cores."""
+    maths = [index for index, gold in enumerate(golds) if gold is not None]
+    if maths:
+        with VerifierPool(pool, math) as workers:
+            for place, verdict in workers.stream([golds[i] for i in maths], [responses[i] for i in maths]):
+                yield maths[place], verdict
+    programs = [index for index, gold in enumerate(golds) if gold is None]
+    if programs:
+        reports = judge_many(((responses[i], tests[i]) for i in programs), limits=limits)
+        yield from ((index, report.verdict) for index, report in zip(programs, reports, strict=True))
+
+
+def _write(records, numbers, verdicts, output, progress) -> FileSummary:
+    """Counts the verdicts; the output appears whole, in the file's order, or not at all."""
     from sdzero_jax.progress import Progress
 
     outcomes: collections.Counter[str] = collections.Counter()
     rows: list[dict[str, Any]] = [{}] * len(records)
     bar = Progress("verify", len(records), unit="response") if progress else None
     try:
-        with VerifierPool(pool, math) as workers:
-            for index, verdict in workers.stream(golds, responses):
-                outcomes[verdict.outcome] += 1
-                rows[index] = _row(numbers[index], records[index], verdict)
-                if bar:
-                    bar.update(1, {"correct": outcomes["correct"] / outcomes.total()})
+        for index, verdict in verdicts:
+            outcomes[verdict.outcome] += 1
+            rows[index] = _row(numbers[index], records[index], verdict)
+            if bar:
+                bar.update(1, {"correct": outcomes["correct"] / outcomes.total()})
     finally:
         if bar:
             bar.close()
