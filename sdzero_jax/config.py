@@ -129,6 +129,8 @@ def validate(config: Config) -> None:
         "evaluate.k": config.evaluate.k,
         "evaluate.chunk": config.evaluate.chunk,
         "sampler.slots": config.sampler.slots,
+        "sampler.block": config.sampler.block,
+        "sampler.prefill_tokens": config.sampler.prefill_tokens,
         "sampler.prompt_multiple": config.sampler.prompt_multiple,
         "health.questions": config.health.questions,
         **{

@@ -25,7 +25,7 @@ from sdzero_jax.batches import distill_batch
 from sdzero_jax.config import Config, load_config
 from sdzero_jax.errors import UserError
 from sdzero_jax.examples import Question, Rollout, Verdict
-from sdzero_jax.models import DecoderConfig, LanguageModel
+from sdzero_jax.models import DecoderConfig, LanguageModel, cache_bytes
 from sdzero_jax.ops.linear_divergence import default_tile
 from sdzero_jax.optimizer import learning_rate_schedule, make_optimizer
 from sdzero_jax.prompts import control_phrases
@@ -197,15 +197,23 @@ def _vocabulary(config: Config, local: DecoderConfig, rows: int, mesh) -> dict[s
 
 
 def _sampling(config: Config, local: DecoderConfig, parts: int, copies: float) -> dict[str, float]:
-    """The cache of the larger of the two samplers that run beside the state: rollouts and validation."""
-    distill = config.distill
-    calls = [(distill.batch_size, distill.sampling.max_new_tokens)]
-    if distill.validate_every:
-        calls.append((config.sampler.slots, config.evaluate.sampling.max_new_tokens))
-    tokens = max(-(-rows // parts) * (distill.layout.max_prompt + new) for rows, new in calls)
-    item = jnp.dtype(local.compute_dtype).itemsize
-    cache = 2 * local.num_layers * tokens * local.num_kv_heads * local.head_dim * item
-    return {"KV cache": cache, "weights in the compute dtype": copies}
+    """The cache of the larger of the two samplers that run beside the state, and a block of prompts.
+
+    Rollouts have a slot per row of the batch, validation has the sampler's; both have room for a revision.
+    """
+    distill, sampler = config.distill, config.sampler
+    slots = max(distill.batch_size, sampler.slots)
+    new = max(stage.sampling.max_new_tokens for stage in (config.collect, config.evaluate))
+    length = max(distill.layout.max_prompt + distill.sampling.max_new_tokens, distill.layout.max_prompt + 2 * new)
+    cache = cache_bytes(
+        local, -(-slots // parts), length + phrase_tokens(config), sampler.cache_dtype or None, sampler.block
+    )
+    prompts = -(-max(sampler.prefill_tokens, distill.layout.max_prompt) // parts)
+    return {
+        "KV cache": cache,
+        "prompts being read": cache_bytes(local, 1, 0, None, prompts),
+        "weights in the compute dtype": copies,
+    }
 
 
 def _bytes(tree: Any) -> float:
@@ -255,7 +263,7 @@ def _options(config: Config, mesh_shape: Sequence[int]) -> Iterator[str]:
     parts = data * fsdp
     if config.model.remat == "none":
         yield "model.remat=dots"
-    if config.distill.validate_every and config.sampler.slots > max(config.distill.batch_size, parts):
+    if config.sampler.slots > max(config.distill.batch_size, parts):
         yield f"sampler.slots={max(config.distill.batch_size, parts)}"
     if config.model.remat in ("none", "dots"):
         yield "model.remat=full"

@@ -1,9 +1,13 @@
 """Questions -> sampled responses -> verdicts: Rollouts, as functions and as an iterator.
 
-Revisions are rollouts whose prompt is the reviser's context x | y | d P_r d.
+Revisions are rollouts whose prompt is the reviser's context x | y | d P_r d. Responses are graded in a
+thread while others are decoded, and a response that is to be revised goes on in the slot where it was
+sampled. None of that changes a token: those depend on seed, request id and parameters alone.
 """
 
+import concurrent.futures
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -12,8 +16,9 @@ import grain
 from sdzero_jax.batches import reviser_context
 from sdzero_jax.errors import UserError
 from sdzero_jax.examples import Question, Rollout, Verdict
+from sdzero_jax.progress import Progress
 from sdzero_jax.prompts import ControlPhrases
-from sdzero_jax.sampler import Completion, Request, Sampler
+from sdzero_jax.sampler import Request, Sampler
 from sdzero_jax.tokenizer import Tokenizer
 
 Verify = Callable[[Sequence[Question], Sequence[str]], list[Verdict]]
@@ -72,8 +77,8 @@ def sample_responses(
 
     `label` makes request ids unique to a stage and step, and with them the random numbers.
     """
-    prompts = [tuple(domain.tokenizer.encode_prompt(question.prompt)) for question in questions]
-    return _sample(domain, sampler, params, questions, prompts, config, label, seed, n)
+    attempts = _attempts(domain, questions, config, label, n)
+    return _in_order(attempts, _sample(domain, sampler, params, attempts, seed))
 
 
 def sample_revisions(
@@ -92,47 +97,157 @@ def sample_revisions(
 
     Rollouts without a verdict have no phrase; the caller leaves them out.
     """
-    questions = [rollout.question for rollout in rollouts]
-    prompts = [
-        reviser_context(rollout, domain.phrase_ids(rollout.verdict.reward), domain.tokenizer.stop_ids, keep_first_eos)
-        for rollout in rollouts
+    jobs = [
+        _revision(domain, rollout, config, f"{label}/{index:06d}", n, keep_first_eos)
+        for index, rollout in enumerate(rollouts)
     ]
-    return _sample(domain, sampler, params, questions, prompts, config, label, seed, n)
+    return _in_order(jobs, _sample(domain, sampler, params, jobs, seed))
 
 
-def _sample(domain, sampler, params, questions, prompts, config, label, seed, n) -> list[Rollout]:
-    requests = [
-        Request(
-            id=f"{label}/{index:06d}/{question.id}",
-            prompt=prompt,
-            n=n,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            min_p=config.min_p,
-        )
-        for index, (question, prompt) in enumerate(zip(questions, prompts))
-    ]
-    completions: dict[tuple[str, int], Completion] = {
-        (c.request_id, c.sample_index): c for c in sampler.generate(params, requests, seed=seed)
-    }
-    order = [(row, index) for row in range(len(requests)) for index in range(n)]
-    drawn = [completions[requests[row].id, index] for row, index in order]
-    texts = [domain.tokenizer.decode(completion.ids) for completion in drawn]
-    verdicts = domain.verify([questions[row] for row, _ in order], texts)
+def sample_and_revise(
+    domain: Domain,
+    sampler: Sampler,
+    params: Any,
+    questions: Sequence[Question],
+    config: SamplingConfig,
+    *,
+    label: str,
+    seed: int,
+    n: int = 1,
+    revisions: int = 1,
+    revise: Sequence[float] = (0.0, 1.0),
+) -> tuple[list[Rollout], list[list[Rollout]]]:
+    """Samples n responses per question and, as they are graded, revisions of those whose reward is in `revise`.
+
+    Returns:
+      The responses, question-major, and for each the list of its revisions (empty if it is not revised).
+    """
+    attempts = _attempts(domain, questions, config, f"{label}/init", n)
+    place = {job.request.id: row * n for row, job in enumerate(attempts)}
+
+    def follow(rollout: Rollout, key) -> "_Job | None":
+        if key[0] not in place or rollout.verdict.reward not in revise:
+            return None
+        number = place[key[0]] + rollout.sample_index
+        return _revision(domain, rollout, config, f"{label}/revision/{number:06d}", revisions, prefix=key)
+
+    sampled = _sample(domain, sampler, params, attempts, seed, follow)
+    drawn = _in_order(attempts, sampled)
+    revised: list[list[Rollout]] = [[] for _ in drawn]
+    for (name, _), rollout in sorted(sampled.items()):
+        if name not in place:
+            revised[int(name.removeprefix(f"{label}/revision/").split("/")[0])].append(rollout)
+    return drawn, revised
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A request and the question that it answers."""
+
+    request: Request
+    question: Question
+
+
+def _attempts(domain: Domain, questions, config: SamplingConfig, label: str, n: int) -> list[_Job]:
     return [
-        Rollout(
-            question=questions[row],
-            prompt_ids=tuple(prompts[row]),
-            response_ids=completion.ids,
-            logprobs=completion.logprobs,
-            finish_reason=completion.finish_reason,
-            verdict=verdict,
-            sample_index=index,
-        )
-        for (row, index), completion, verdict in zip(order, drawn, verdicts)
+        _job(question, domain.tokenizer.encode_prompt(question.prompt), config, f"{label}/{index:06d}", n)
+        for index, question in enumerate(questions)
     ]
+
+
+def _revision(domain, rollout, config, label: str, n: int, keep_first_eos: bool = False, prefix=None) -> _Job:
+    phrase = domain.phrase_ids(rollout.verdict.reward)
+    prompt = reviser_context(rollout, phrase, domain.tokenizer.stop_ids, keep_first_eos)
+    return _job(rollout.question, prompt, config, label, n, prefix)
+
+
+def _job(question: Question, prompt: Sequence[int], config: SamplingConfig, label: str, n: int, prefix=None) -> _Job:
+    settings = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")}
+    return _Job(Request(id=f"{label}/{question.id}", prompt=tuple(prompt), n=n, prefix=prefix, **settings), question)
+
+
+def _in_order(jobs: Sequence[_Job], sampled) -> list[Rollout]:
+    return [sampled[job.request.id, index] for job in jobs for index in range(job.request.n)]
+
+
+def _sample(domain: Domain, sampler: Sampler, params, jobs: Sequence[_Job], seed: int, follow=None):
+    """Samples and grades all jobs, and those that `follow` makes of a graded rollout: key -> Rollout.
+
+    `follow(rollout, key)` is asked about every rollout and may return one more job.
+    """
+    asked = {job.request.id: job for job in jobs}
+    session = sampler.session(params, seed=seed)
+    hold = follow is not None
+    session.submit([dataclasses.replace(job.request, hold=hold) for job in jobs])
+    rollouts: dict[tuple[str, int], Rollout] = {}
+    grading: set[concurrent.futures.Future] = set()
+    meter = _Meter(session)
+    with concurrent.futures.ThreadPoolExecutor(1) as grader, meter:
+        while session.busy or grading:
+            if session.busy and (done := session.step()):
+                grading.add(grader.submit(_grade, domain, [(asked[c.request_id], c) for c in done]))
+            if not session.busy and grading:
+                concurrent.futures.wait(grading, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in [future for future in grading if future.done()]:
+                grading.remove(future)
+                for key, rollout in future.result():
+                    rollouts[key] = rollout
+                    job = follow(rollout, key) if hold else None
+                    if job:
+                        asked[job.request.id] = job
+                        session.submit([job.request])
+                    session.release(key)
+                meter.show(rollouts)
+    return rollouts
+
+
+def _grade(domain: Domain, done) -> list[tuple[tuple[str, int], Rollout]]:
+    """(key, Rollout) of finished completions."""
+    texts = [domain.tokenizer.decode(completion.ids) for _, completion in done]
+    verdicts = domain.verify([job.question for job, _ in done], texts)
+    return [
+        (
+            (completion.request_id, completion.sample_index),
+            Rollout(
+                question=job.question,
+                prompt_ids=tuple(job.request.prompt),
+                response_ids=completion.ids,
+                logprobs=completion.logprobs,
+                finish_reason=completion.finish_reason,
+                verdict=verdict,
+                sample_index=completion.sample_index,
+            ),
+        )
+        for (job, completion), verdict in zip(done, verdicts)
+    ]
+
+
+class _Meter:
+    """A progress bar for sampling that takes long: samples, tokens per second, live slots, length, reward."""
+
+    def __init__(self, session):
+        self._session, self._begun = session, time.perf_counter()
+        self._bar = Progress("sampling", session.pending, unit="sample", delay=10.0)
+
+    def show(self, rollouts) -> None:
+        rewards = [rollout.verdict.reward for rollout in rollouts.values() if rollout.verdict.reward is not None]
+        tokens = sum(len(rollout.response_ids) for rollout in rollouts.values())
+        self._bar.advance_to(
+            len(rollouts),
+            len(rollouts) + self._session.pending,
+            {
+                "tok/s": self._session.statistics.decoded / (time.perf_counter() - self._begun),
+                "live": self._session.live,
+                "mean_tokens": tokens / max(len(rollouts), 1),
+                "reward": sum(rewards) / max(len(rewards), 1),
+            },
+        )
+
+    def __enter__(self) -> "_Meter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.close()
 
 
 class RolloutIterator:
