@@ -271,6 +271,8 @@ def _options(config: Config, mesh_shape: Sequence[int]) -> Iterator[str]:
         yield f"mesh.data=1 mesh.fsdp={parts}"
     if config.distill.optimizer.mu_dtype == "float32" and config.model.compute_dtype == "bfloat16":
         yield "distill.optimizer.mu_dtype=bfloat16"
+    if not config.sampler.cache_dtype:
+        yield "sampler.cache_dtype=int8"
     if config.distill.batch_size > parts:
         yield f"distill.batch_size={parts}"
     if config.model.remat != "offload":

@@ -275,7 +275,13 @@ class Session:
         """Reads the prompts of waiting requests that share the bucket of the first."""
         sampler = self._sampler
         if self._cache is None:
-            self._cache, self._hidden = _empty(sampler)
+            self._cache, self._hidden = programs.empty(
+                sampler.model,
+                slots=sampler.slots,
+                max_len=sampler.max_len,
+                dtype=sampler.cache_dtype,
+                block=sampler.block,
+            )
             self._decode_params = programs.for_decoding(sampler.model, self._params)
         self._bucket = bucket = sampler.bucket(len(self._queue[0].prompt))
         rows = sampler.prefill_rows(bucket)
@@ -378,18 +384,6 @@ class Session:
         if (program, size) not in self._programs:
             self._programs.add((program, size))
             _LOG.info("sampler program %d: %s %d", len(self._programs), program, size)
-
-
-def _empty(sampler: Sampler):
-    """An empty cache of all slots and no hidden states, made where they belong."""
-    model = sampler.model
-
-    def make():
-        cache = model.init_cache(sampler.slots, sampler.max_len, sampler.cache_dtype, tail=sampler.block)
-        hidden = jax.numpy.zeros((sampler.slots, model.config.hidden_size), model.config.compute_dtype)
-        return cache, sharding.constrain(hidden, "batch", None)
-
-    return jax.jit(make)()
 
 
 def _completion(sample: _Sample, stopped: bool) -> Completion:

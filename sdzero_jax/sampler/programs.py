@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from sdzero_jax.models import Cache, LanguageModel, insert
 from sdzero_jax.sampler.sampling import sample_tokens
+from sdzero_jax.sharding import constrain
 
 
 class Fields(NamedTuple):
@@ -43,9 +44,21 @@ class Drawn(NamedTuple):
     steps: jax.Array  # int32, how many of the K steps were done
 
 
+@functools.partial(jax.jit, static_argnames=("model", "slots", "max_len", "dtype", "block"))
+def empty(model: LanguageModel, *, slots: int, max_len: int, dtype, block: int) -> tuple[Cache, jax.Array]:
+    """An empty cache whose tail has room for a block of steps, and hidden states [slots, D] of no tokens."""
+    hidden = jnp.zeros((slots, model.config.hidden_size), model.config.compute_dtype)
+    return model.init_cache(slots, max_len, dtype, tail=block), constrain(hidden, "batch", None)
+
+
 def for_decoding(model: LanguageModel, params):
     """The parameters as `decode` reads them fastest: on a CPU a copy with the layers' stacks taken apart."""
-    return jax.jit(model.unrolled)(params) if jax.default_backend() == "cpu" else params
+    return _unrolled(model, params) if jax.default_backend() == "cpu" else params
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def _unrolled(model: LanguageModel, params):
+    return model.unrolled(params)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
