@@ -69,6 +69,7 @@ class DistillConfig:
     rounds: Annotated[int, "rounds; the teacher becomes the student between two of them"] = 1
     round_scale: Annotated[float, "factor on the learning rate from one round to the next"] = 0.5
     batch_size: Annotated[int, "rollouts per step"] = 16
+    prefetch: Annotated[bool, "sample a batch while the one before is trained on, from parameters one step old"] = False
     validate_every: Annotated[int, "steps between accuracy checks on validation questions; 0 is never"] = 32
     validation_questions: Annotated[int, "validation questions of such a check"] = 128
     sampling: SamplingConfig = SamplingConfig()

@@ -125,7 +125,7 @@ def estimate(config: Config, mesh) -> Estimate:
             "teacher's forward pass": own | {"one layer's activations": forward * teacher},
             "logits": own | vocabulary,
             "layers' backward pass": own | {"gradients": gradients, "one layer's activations": backward * student},
-            "sampling": _sampling(config, local, sharding.batch_devices(mesh), copies),
+            "sampling": _sampling(config, mesh),
         },
     )
 
@@ -196,23 +196,28 @@ def _vocabulary(config: Config, local: DecoderConfig, rows: int, mesh) -> dict[s
     }
 
 
-def _sampling(config: Config, local: DecoderConfig, parts: int, copies: float) -> dict[str, float]:
-    """The cache of the larger of the two samplers that run beside the state, and a block of prompts.
+def _sampling(config: Config, mesh) -> dict[str, float]:
+    """Cache, prompts being read and weights of the larger of the two samplers that run beside the state.
 
     Rollouts have a slot per row of the batch, validation has the sampler's; both have room for a revision.
     """
-    distill, sampler = config.distill, config.sampler
-    slots = max(distill.batch_size, sampler.slots)
-    new = max(stage.sampling.max_new_tokens for stage in (config.collect, config.evaluate))
-    length = max(distill.layout.max_prompt + distill.sampling.max_new_tokens, distill.layout.max_prompt + 2 * new)
-    cache = cache_bytes(
-        local, -(-slots // parts), length + phrase_tokens(config), sampler.cache_dtype or None, sampler.block
+    distill, sampler, model = config.distill, config.sampler, config.model
+    shape = tuple(mesh.shape.values())
+    if sampler.weights == "tensor":
+        shape = sharding.rollout_shape(shape, model.num_kv_heads)
+    parts, local = shape[0] * shape[1], local_model(model, shape[2])
+    slots = -(-max(distill.batch_size, sampler.slots) // parts)
+    longest = max(
+        distill.sampling.max_new_tokens, *(2 * c.sampling.max_new_tokens for c in (config.collect, config.evaluate))
     )
+    length = distill.layout.max_prompt + longest + phrase_tokens(config)
     prompts = -(-max(sampler.prefill_tokens, distill.layout.max_prompt) // parts)
+    item = jnp.dtype(model.compute_dtype).itemsize
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(LanguageModel(local).param_shapes()))
     return {
-        "KV cache": cache,
+        "KV cache": cache_bytes(local, slots, length, sampler.cache_dtype or None, sampler.block),
         "prompts being read": cache_bytes(local, 1, 0, None, prompts),
-        "weights in the compute dtype": copies,
+        "weights in the compute dtype": float(item * parameters / shape[1]),
     }
 
 
@@ -231,6 +236,19 @@ def _compute_copies(params: Any, model: DecoderConfig) -> float:
 
 
 # ------------------------------------------------------------------------------- what to change, if it does not fit
+
+
+def slots_that_fit(config: Config, mesh, limit: float) -> int:
+    """Slots of the sampler that fit beside the state of a distillation run: 0 when not one per part does."""
+    now = estimate(config, mesh)
+    sampling = now.phases["sampling"]
+    shape = tuple(mesh.shape.values())
+    if config.sampler.weights == "tensor":
+        shape = sharding.rollout_shape(shape, config.model.num_kv_heads)
+    parts = shape[0] * shape[1]
+    per_slot = sampling["KV cache"] / -(-max(config.distill.batch_size, config.sampler.slots) // parts)
+    free = limit - sum(now.state.values()) - sum(sampling.values()) + sampling["KV cache"]
+    return max(int(free // per_slot), 0) * parts
 
 
 def suggest(config: Config, mesh_shape: Sequence[int], limit: float) -> str:

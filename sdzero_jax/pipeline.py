@@ -198,7 +198,7 @@ def distill_round(run: Run, folder: pathlib.Path, reviser_params, number: int):
     order = shuffled_batches(questions, config.batch_size, seed=run.config.seed * 1000 + number)
     rollouts = RolloutIterator(
         order, run.domain, run.sampler(config.batch_size), config.sampling,
-        label=f"distill/{number}", seed=run.config.seed,
+        label=f"distill/{number}", seed=run.config.seed, prefetch=config.prefetch,
     )  # fmt: skip
     loss_fn = functools.partial(objectives.self_distillation, config.objective, run.model)
     optimizer, schedule = _optimizer(optimizer_config, steps)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import grain
+import jax
+import jax.numpy as jnp
 
 from sdzero_jax.batches import reviser_context
 from sdzero_jax.errors import UserError
@@ -251,10 +253,13 @@ class _Meter:
 
 
 class RolloutIterator:
-    """On-policy rollouts, a batch of questions at a time; the parameters come with every call.
+    """Rollouts, a batch of questions at a time; the parameters come with every call.
 
-    `get_state` / `set_state` are exact: the position in the question order and the number of
-    batches drawn, which keys the random numbers.
+    Strictly on-policy unless `prefetch`: then a batch is sampled in a thread while the one before it is
+    trained on, with a copy of the parameters of that time, and is one step old when it is used.
+
+    `get_state` / `set_state` are exact: the position in the question order, the number of batches drawn,
+    which keys the random numbers, and with prefetch the batch that was drawn ahead.
     """
 
     def __init__(
@@ -267,24 +272,75 @@ class RolloutIterator:
         label: str,
         seed: int,
         n: int = 1,
+        prefetch: bool = False,
     ):
         self._questions, self._domain, self._sampler, self._config = questions, domain, sampler, config
         self._label, self._seed, self._n = label, seed, n
-        self._drawn = 0
+        self._drawn = 0  # batches whose questions have been drawn
+        self._thread = concurrent.futures.ThreadPoolExecutor(1) if prefetch else None
+        self._ahead: tuple[Any, concurrent.futures.Future] | None = None  # state before its questions, rollouts
 
     def next(self, params: Any) -> list[Rollout]:
-        """The next batch of questions, sampled from `params` and graded."""
-        questions = next(self._questions)
-        rollouts = sample_responses(
-            self._domain, self._sampler, params, questions, self._config,
-            label=f"{self._label}/{self._drawn:06d}", seed=self._seed, n=self._n,
-        )  # fmt: skip
-        self._drawn += 1
+        """The next batch of questions, graded; sampled from `params`, with prefetch from those of the call before."""
+        if self._thread is None:
+            return self._sample(params, *self._draw())
+        rollouts = self._ahead[1].result() if self._ahead else self._sample(params, *self._draw())
+        before = self._questions.get_state()
+        try:
+            drawn = self._draw()
+        except StopIteration:
+            self._ahead = None
+            return rollouts
+        copied = jax.tree.map(jnp.copy, params)  # the train step gives up the originals
+        self._ahead = before, self._thread.submit(self._sample, copied, *drawn)
         return rollouts
 
+    def _draw(self) -> tuple[Sequence[Question], str]:
+        questions = next(self._questions)
+        self._drawn += 1
+        return questions, f"{self._label}/{self._drawn - 1:06d}"
+
+    def _sample(self, params, questions, label: str) -> list[Rollout]:
+        return sample_responses(
+            self._domain, self._sampler, params, questions, self._config, label=label, seed=self._seed, n=self._n
+        )
+
     def get_state(self) -> dict[str, Any]:
-        return {"questions": self._questions.get_state(), "drawn": self._drawn}
+        if self._ahead is None:
+            return {"questions": self._questions.get_state(), "drawn": self._drawn, "ahead": None}
+        before, rollouts = self._ahead
+        ahead = [
+            {
+                "response_ids": r.response_ids,
+                "logprobs": r.logprobs,
+                "finish_reason": r.finish_reason,
+                "verdict": dataclasses.asdict(r.verdict),
+            }
+            for r in rollouts.result()
+        ]
+        return {"questions": before, "drawn": self._drawn - 1, "ahead": ahead}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._questions.set_state(state["questions"])
         self._drawn = state["drawn"]
+        self._ahead = None
+        if state.get("ahead") is None:
+            return
+        before = self._questions.get_state()
+        questions, _ = self._draw()
+        rollouts = [
+            Rollout(
+                question=question,
+                prompt_ids=tuple(self._domain.tokenizer.encode_prompt(question.prompt)),
+                response_ids=tuple(record["response_ids"]),
+                logprobs=tuple(record["logprobs"]),
+                finish_reason=record["finish_reason"],
+                verdict=Verdict(**record["verdict"]),
+                sample_index=index,
+            )
+            for (question, index), record in zip(
+                [(question, index) for question in questions for index in range(self._n)], state["ahead"]
+            )
+        ]
+        self._ahead = before, concurrent.futures.Future()
+        self._ahead[1].set_result(rollouts)

@@ -113,7 +113,10 @@ class Run:
         """The run's sampler, with room for its longest context in each of `slots`."""
         config = self.config.sampler
         slots = slots or config.slots
-        parts = sharding.batch_devices(self.mesh)
+        mesh = self.mesh
+        if config.weights == "tensor":
+            mesh = sharding.rollout_mesh(mesh, self.config.model.num_kv_heads)
+        parts = sharding.batch_devices(mesh)
         return Sampler(
             self.model,
             slots=-(-slots // parts) * parts,
@@ -123,7 +126,7 @@ class Run:
             prefill_tokens=config.prefill_tokens,
             prompt_multiple=config.prompt_multiple,
             cache_dtype=config.cache_dtype or None,
-            mesh=self.mesh,
+            mesh=mesh,
         )
 
     @property

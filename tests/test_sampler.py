@@ -257,3 +257,14 @@ def test_bad_samplers_are_refused():
         Sampler(MODEL, slots=0, max_len=48, stop_ids=(22,))
     with pytest.raises(UserError, match="stop id 23"):
         Sampler(MODEL, slots=1, max_len=48, stop_ids=(23,))
+
+
+def test_a_cache_that_cannot_fit_is_refused_before_anything_is_sampled():
+    huge = Sampler(MODEL, slots=10**7, max_len=48, stop_ids=(22,))
+    with pytest.raises(UserError, match=r"sampler.slots=10000000 .* GiB are free; the nearest that fits: \d+"):
+        huge.generate(params(), REQUESTS, seed=0)
+
+
+def test_too_many_stop_ids_are_refused():
+    with pytest.raises(UserError, match="9 stop ids; at most 8"):
+        sampler().generate(params(), [request("a", [1], stop_ids=range(9))], seed=0)

@@ -11,6 +11,7 @@ Left out: prompts longer than one prefill's memory allows, slots of different le
 import collections
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from sdzero_jax import sharding
 from sdzero_jax.errors import UserError
-from sdzero_jax.models import LanguageModel
+from sdzero_jax.models import LanguageModel, cache_bytes
 from sdzero_jax.sampler import programs
 from sdzero_jax.sampler.requests import Completion, Request, SampleKey, check_id, check_request
 from sdzero_jax.sampler.sampling import request_key_data
@@ -38,6 +39,9 @@ class SamplerConfig:
     block: Annotated[int, "steps between two looks at which sequences have ended"] = 16
     prefill_tokens: Annotated[int, "prompt tokens read at once, padding included"] = 2048
     prompt_multiple: Annotated[int, "length of the shortest prompt bucket"] = 16
+    weights: Annotated[
+        Literal["gathered", "tensor"], "cut as for training and gathered at every step, or recut once: tensor-parallel"
+    ] = "tensor"
     cache_dtype: Annotated[
         Literal["", "float32", "bfloat16", "int8", "float8_e4m3fn"], "of the stored keys and values; '' as computed"
     ] = ""
@@ -92,7 +96,7 @@ class Sampler:
             )
         self.model, self.slots, self.max_len, self.block = model, slots, max_len, block
         self.stop_ids, self.cache_dtype, self.mesh = tuple(stop_ids), cache_dtype, mesh
-        self._parts, self._prefill_tokens = parts, prefill_tokens
+        self.parts, self._prefill_tokens = parts, prefill_tokens
         self.buckets = prompt_buckets(prompt_multiple, max_len)
 
     def generate(self, params, requests: Sequence[Request], *, seed: int) -> Iterator[Completion]:
@@ -116,7 +120,7 @@ class Sampler:
     def prefill_rows(self, bucket: int) -> int:
         """Prompts read at once: as many as make `prefill_tokens`, at most one per slot."""
         rows = max(1, min(self._prefill_tokens // bucket, self.slots))
-        return -(-rows // self._parts) * self._parts
+        return -(-rows // self.parts) * self.parts
 
 
 def prompt_buckets(multiple: int, max_len: int) -> tuple[int, ...]:
@@ -164,6 +168,7 @@ class Session:
     """One run of a sampler: `submit` requests and call `step` while it is `busy`."""
 
     def __init__(self, sampler: Sampler, params, seed: int):
+        _check_room(sampler)
         self._sampler, self._params, self._seed = sampler, params, seed
         self._queue: collections.deque[Request] = collections.deque()
         self._prefilled: _Prefilled | None = None
@@ -282,6 +287,7 @@ class Session:
                 dtype=sampler.cache_dtype,
                 block=sampler.block,
             )
+            self._params = programs.for_sampling(sampler.model, self._params, sampler.mesh)
             self._decode_params = programs.for_decoding(sampler.model, self._params)
         self._bucket = bucket = sampler.bucket(len(self._queue[0].prompt))
         rows = sampler.prefill_rows(bucket)
@@ -384,6 +390,26 @@ class Session:
         if (program, size) not in self._programs:
             self._programs.add((program, size))
             _LOG.info("sampler program %d: %s %d", len(self._programs), program, size)
+
+
+def _check_room(sampler: Sampler) -> None:
+    """UserError when the cache cannot fit the device, before anything is sampled."""
+    devices = [jax.devices()[0]] if sampler.mesh is None else list(sampler.mesh.devices.flat)
+    stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
+    free = (
+        stats["bytes_limit"] - stats["bytes_in_use"]
+        if stats
+        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )
+    whole = cache_bytes(sampler.model.config, sampler.slots, sampler.max_len, sampler.cache_dtype, sampler.block)
+    needed = whole / (len(devices) if stats else 1)  # fake devices share the host's memory
+    if needed > free:
+        fits = int(sampler.slots * free / needed) // sampler.parts * sampler.parts
+        raise UserError(
+            f"sampler.slots={sampler.slots} of {sampler.max_len} tokens need {needed / 2**30:.1f} GiB of cache, and "
+            f"{free / 2**30:.1f} GiB are free; the nearest that fits: {max(fits, sampler.parts)}, or set "
+            "sampler.cache_dtype=int8"
+        )
 
 
 def _completion(sample: _Sample, stopped: bool) -> Completion:

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from sdzero_jax.models import Cache, LanguageModel, insert
 from sdzero_jax.sampler.sampling import sample_tokens
-from sdzero_jax.sharding import constrain
+from sdzero_jax.sharding import constrain, shardings_for
 
 
 class Fields(NamedTuple):
@@ -51,8 +52,25 @@ def empty(model: LanguageModel, *, slots: int, max_len: int, dtype, block: int) 
     return model.init_cache(slots, max_len, dtype, tail=block), constrain(hidden, "batch", None)
 
 
+def for_sampling(model: LanguageModel, params, mesh: Mesh | None):
+    """The parameters on `mesh`, in the compute dtype, as `prefill` reads them; cast and moved once per session."""
+    if mesh is None:
+        return _cast(model, params)
+    places = shardings_for(mesh, model.param_axes(), model.param_shapes())
+    # Cast where they lie: what moves is then in the compute dtype.
+    return jax.device_put(_cast(model, params), places)
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def _cast(model: LanguageModel, params):
+    def cast(path, leaf):  # as the model would at every use; norms it reads in float32
+        return leaf if "norm" in path[-1].key else leaf.astype(model.config.compute_dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def for_decoding(model: LanguageModel, params):
-    """The parameters as `decode` reads them fastest: on a CPU a copy with the layers' stacks taken apart."""
+    """The same as `decode` reads them fastest: on a CPU a copy with the layers' stacks taken apart."""
     return _unrolled(model, params) if jax.default_backend() == "cpu" else params
 
 
