@@ -15,7 +15,7 @@ from sdzero_jax.chunks import ChunkLog
 from sdzero_jax.errors import Stopped
 from sdzero_jax.examples import Question, RevisionTrace, kept
 from sdzero_jax.progress import Progress
-from sdzero_jax.rollouts import Domain, SamplingConfig, sample_responses, sample_revisions
+from sdzero_jax.rollouts import Domain, SamplingConfig, sample_and_revise
 from sdzero_jax.sampler import Sampler
 
 
@@ -64,16 +64,11 @@ def collect(
 
 def _collect_chunk(config: CollectConfig, domain: Domain, sampler, params, questions, label: str, seed: int):
     """First attempts and their revisions for one chunk of questions: (traces, counts)."""
-    attempts = sample_responses(
-        domain, sampler, params, questions, config.sampling, label=f"{label}/init", seed=seed, n=config.responses
-    )
-    wanted = {"all": (0.0, 1.0), "wrong": (0.0,), "correct": (1.0,)}[config.revise]
-    revised = [attempt for attempt in attempts if attempt.verdict.reward in wanted]
-    revisions = sample_revisions(
-        domain, sampler, params, revised, config.sampling,
-        label=f"{label}/revision", seed=seed, n=config.revisions,
+    attempts, revisions = sample_and_revise(
+        domain, sampler, params, questions, config.sampling, label=label, seed=seed,
+        n=config.responses, revisions=config.revisions,
+        revise={"all": (0.0, 1.0), "wrong": (0.0,), "correct": (1.0,)}[config.revise],
     )  # fmt: skip
-    parents = [attempt for attempt in revised for _ in range(config.revisions)]
     traces = [
         RevisionTrace(
             question_id=attempt.question.id,
@@ -86,7 +81,8 @@ def _collect_chunk(config: CollectConfig, domain: Domain, sampler, params, quest
             revised_verdict=revision.verdict,
             revised_finish=revision.finish_reason,
         )
-        for attempt, revision in zip(parents, revisions)
+        for attempt, own in zip(attempts, revisions)
+        for revision in own
     ]
     counts = {
         "questions": len(questions),

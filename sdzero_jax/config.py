@@ -69,6 +69,7 @@ class DistillConfig:
     rounds: Annotated[int, "rounds; the teacher becomes the student between two of them"] = 1
     round_scale: Annotated[float, "factor on the learning rate from one round to the next"] = 0.5
     batch_size: Annotated[int, "rollouts per step"] = 16
+    prefetch: Annotated[bool, "sample a batch while the one before is trained on, from parameters one step old"] = False
     validate_every: Annotated[int, "steps between accuracy checks on validation questions; 0 is never"] = 32
     validation_questions: Annotated[int, "validation questions of such a check"] = 128
     sampling: SamplingConfig = SamplingConfig()
@@ -129,6 +130,8 @@ def validate(config: Config) -> None:
         "evaluate.k": config.evaluate.k,
         "evaluate.chunk": config.evaluate.chunk,
         "sampler.slots": config.sampler.slots,
+        "sampler.block": config.sampler.block,
+        "sampler.prefill_tokens": config.sampler.prefill_tokens,
         "sampler.prompt_multiple": config.sampler.prompt_multiple,
         "health.questions": config.health.questions,
         **{

@@ -41,6 +41,9 @@ def examine(
     estimate = memory.estimate(config, mesh)
     lines += table(estimate)
     lines.append(_verdict(config, mesh, estimate, limit))
+    slots = max(config.distill.batch_size, config.sampler.slots)
+    fitting = memory.slots_that_fit(config, mesh, limit)
+    lines.append(f"  sampler: {slots} slots are set; up to {fitting} would fit beside the state")
     if compile_it:
         if slice_:
             counted = memory.count_for(slice_, path, overrides)

@@ -7,6 +7,7 @@ which compares revisers on equal ground.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ from sdzero_jax.chunks import ChunkLog
 from sdzero_jax.errors import Stopped
 from sdzero_jax.examples import Question, Rollout, Verdict
 from sdzero_jax.progress import Progress
-from sdzero_jax.rollouts import Domain, SamplingConfig, sample_responses, sample_revisions
+from sdzero_jax.rollouts import Domain, SamplingConfig, sample_and_revise, sample_responses, sample_revisions
 from sdzero_jax.sampler import Sampler
 
 
@@ -68,23 +69,22 @@ def evaluate(
 def _evaluate_chunk(config, domain: Domain, sampler, params, questions, base, number: int, seed: int):
     """Records of one chunk: attempts, a greedy one, revisions of own attempts and of the base's."""
     label = f"evaluate/{number:06d}"
-    draw = lambda what, sampling, n: sample_responses(  # noqa: E731
-        domain, sampler, params, questions, sampling, label=f"{label}/{what}", seed=seed, n=n
+    ask = functools.partial(sample_responses, domain, sampler, params, questions, seed=seed)
+    attempts, revisions = sample_and_revise(
+        domain, sampler, params, questions, config.sampling, label=label, seed=seed, n=config.k
     )
-    attempts = draw("attempt", config.sampling, config.k)
-    greedy = draw("greedy", dataclasses.replace(config.sampling, temperature=0.0), 1)
-    revised = _revise(config, domain, sampler, params, attempts, f"{label}/revision", seed)
+    greedy = ask(dataclasses.replace(config.sampling, temperature=0.0), label=f"{label}/greedy")
     theirs = [_as_rollout(record, domain, question) for question in questions for record in base.get(question.id, ())]
     on_base = _revise(config, domain, sampler, params, theirs, f"{label}/base_revision", seed)
     records = []
-    for row, (attempt, revision) in enumerate(zip(attempts, revised)):
+    for row, (attempt, own) in enumerate(zip(attempts, revisions)):
         record = {
             "question_id": attempt.question.id,
             "prompt": attempt.question.prompt,
             "gold": list(attempt.question.gold),
             "sample_index": attempt.sample_index,
             **_response(domain, attempt, ""),
-            **_response(domain, revision, "revised_"),
+            **_response(domain, own[0] if own else None, "revised_"),
         }
         if theirs:
             record |= {"base_reward": theirs[row].verdict.reward}

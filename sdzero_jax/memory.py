@@ -25,7 +25,7 @@ from sdzero_jax.batches import distill_batch
 from sdzero_jax.config import Config, load_config
 from sdzero_jax.errors import UserError
 from sdzero_jax.examples import Question, Rollout, Verdict
-from sdzero_jax.models import DecoderConfig, LanguageModel
+from sdzero_jax.models import DecoderConfig, LanguageModel, cache_bytes
 from sdzero_jax.ops.linear_divergence import default_tile
 from sdzero_jax.optimizer import learning_rate_schedule, make_optimizer
 from sdzero_jax.prompts import control_phrases
@@ -125,7 +125,7 @@ def estimate(config: Config, mesh) -> Estimate:
             "teacher's forward pass": own | {"one layer's activations": forward * teacher},
             "logits": own | vocabulary,
             "layers' backward pass": own | {"gradients": gradients, "one layer's activations": backward * student},
-            "sampling": _sampling(config, local, sharding.batch_devices(mesh), copies),
+            "sampling": _sampling(config, mesh),
         },
     )
 
@@ -196,16 +196,29 @@ def _vocabulary(config: Config, local: DecoderConfig, rows: int, mesh) -> dict[s
     }
 
 
-def _sampling(config: Config, local: DecoderConfig, parts: int, copies: float) -> dict[str, float]:
-    """The cache of the larger of the two samplers that run beside the state: rollouts and validation."""
-    distill = config.distill
-    calls = [(distill.batch_size, distill.sampling.max_new_tokens)]
-    if distill.validate_every:
-        calls.append((config.sampler.slots, config.evaluate.sampling.max_new_tokens))
-    tokens = max(-(-rows // parts) * (distill.layout.max_prompt + new) for rows, new in calls)
-    item = jnp.dtype(local.compute_dtype).itemsize
-    cache = 2 * local.num_layers * tokens * local.num_kv_heads * local.head_dim * item
-    return {"KV cache": cache, "weights in the compute dtype": copies}
+def _sampling(config: Config, mesh) -> dict[str, float]:
+    """Cache, prompts being read and weights of the larger of the two samplers that run beside the state.
+
+    Rollouts have a slot per row of the batch, validation has the sampler's; both have room for a revision.
+    """
+    distill, sampler, model = config.distill, config.sampler, config.model
+    shape = tuple(mesh.shape.values())
+    if sampler.weights == "tensor":
+        shape = sharding.rollout_shape(shape, model.num_kv_heads)
+    parts, local = shape[0] * shape[1], local_model(model, shape[2])
+    slots = -(-max(distill.batch_size, sampler.slots) // parts)
+    longest = max(
+        distill.sampling.max_new_tokens, *(2 * c.sampling.max_new_tokens for c in (config.collect, config.evaluate))
+    )
+    length = distill.layout.max_prompt + longest + phrase_tokens(config)
+    prompts = -(-max(sampler.prefill_tokens, distill.layout.max_prompt) // parts)
+    item = jnp.dtype(model.compute_dtype).itemsize
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(LanguageModel(local).param_shapes()))
+    return {
+        "KV cache": cache_bytes(local, slots, length, sampler.cache_dtype or None, sampler.block),
+        "prompts being read": cache_bytes(local, 1, 0, None, prompts),
+        "weights in the compute dtype": float(item * parameters / shape[1]),
+    }
 
 
 def _bytes(tree: Any) -> float:
@@ -223,6 +236,19 @@ def _compute_copies(params: Any, model: DecoderConfig) -> float:
 
 
 # ------------------------------------------------------------------------------- what to change, if it does not fit
+
+
+def slots_that_fit(config: Config, mesh, limit: float) -> int:
+    """Slots of the sampler that fit beside the state of a distillation run: 0 when not one per part does."""
+    now = estimate(config, mesh)
+    sampling = now.phases["sampling"]
+    shape = tuple(mesh.shape.values())
+    if config.sampler.weights == "tensor":
+        shape = sharding.rollout_shape(shape, config.model.num_kv_heads)
+    parts = shape[0] * shape[1]
+    per_slot = sampling["KV cache"] / -(-max(config.distill.batch_size, config.sampler.slots) // parts)
+    free = limit - sum(now.state.values()) - sum(sampling.values()) + sampling["KV cache"]
+    return max(int(free // per_slot), 0) * parts
 
 
 def suggest(config: Config, mesh_shape: Sequence[int], limit: float) -> str:
@@ -255,7 +281,7 @@ def _options(config: Config, mesh_shape: Sequence[int]) -> Iterator[str]:
     parts = data * fsdp
     if config.model.remat == "none":
         yield "model.remat=dots"
-    if config.distill.validate_every and config.sampler.slots > max(config.distill.batch_size, parts):
+    if config.sampler.slots > max(config.distill.batch_size, parts):
         yield f"sampler.slots={max(config.distill.batch_size, parts)}"
     if config.model.remat in ("none", "dots"):
         yield "model.remat=full"
@@ -263,6 +289,8 @@ def _options(config: Config, mesh_shape: Sequence[int]) -> Iterator[str]:
         yield f"mesh.data=1 mesh.fsdp={parts}"
     if config.distill.optimizer.mu_dtype == "float32" and config.model.compute_dtype == "bfloat16":
         yield "distill.optimizer.mu_dtype=bfloat16"
+    if not config.sampler.cache_dtype:
+        yield "sampler.cache_dtype=int8"
     if config.distill.batch_size > parts:
         yield f"distill.batch_size={parts}"
     if config.model.remat != "offload":

@@ -32,7 +32,7 @@ from sdzero_jax.methods import SRT_STAGES, CorpusSource, DistillSource, Sequence
 from sdzero_jax.optimizer import learning_rate_schedule, make_optimizer
 from sdzero_jax.problems import demonstration
 from sdzero_jax.progress import say
-from sdzero_jax.rollouts import RolloutIterator, sample_responses, sample_revisions
+from sdzero_jax.rollouts import RolloutIterator, sample_and_revise, sample_responses
 from sdzero_jax.runs import Run
 from sdzero_jax.teacher import sync_due
 from sdzero_jax.train import Hooks, fit
@@ -198,7 +198,7 @@ def distill_round(run: Run, folder: pathlib.Path, reviser_params, number: int):
     order = shuffled_batches(questions, config.batch_size, seed=run.config.seed * 1000 + number)
     rollouts = RolloutIterator(
         order, run.domain, run.sampler(config.batch_size), config.sampling,
-        label=f"distill/{number}", seed=run.config.seed,
+        label=f"distill/{number}", seed=run.config.seed, prefetch=config.prefetch,
     )  # fmt: skip
     loss_fn = functools.partial(objectives.self_distillation, config.objective, run.model)
     optimizer, schedule = _optimizer(optimizer_config, steps)
@@ -252,16 +252,11 @@ def distill_hooks(run: Run, number: int) -> Hooks:
 def measure_keep_rate(run: Run, params, label: str) -> float:
     """Share of the model's own right answers on validation questions that its revision keeps right."""
     questions = run.problems.questions("validation", run.config.health.questions)
-    sampling = run.config.evaluate.sampling
-    seed = run.config.seed
-    attempts = sample_responses(run.domain, run.sampler(), params, questions, sampling, label=label, seed=seed)
-    right = [attempt for attempt in attempts if attempt.verdict.reward == 1.0]
-    if not right:
-        return 0.0
-    revisions = sample_revisions(
-        run.domain, run.sampler(), params, right, sampling, label=f"{label}/revision", seed=seed
-    )
-    return _mean([revision.verdict.reward or 0.0 for revision in revisions])
+    _, revisions = sample_and_revise(
+        run.domain, run.sampler(), params, questions, run.config.evaluate.sampling,
+        label=label, seed=run.config.seed, revise=(1.0,),
+    )  # fmt: skip
+    return _mean([revision.verdict.reward or 0.0 for own in revisions for revision in own])
 
 
 def check_provenance(trained: dict[str, Any], current: dict[str, Any]) -> None:

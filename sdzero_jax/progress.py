@@ -7,9 +7,12 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A tqdm bar; in a log file (no terminal) a line every 10 seconds instead of a redrawn one."""
+    """A tqdm bar; in a log file (no terminal) a line every 10 seconds instead of a redrawn one.
 
-    def __init__(self, description: str, total: int, initial: int = 0, unit: str = "it"):
+    With a `delay` in seconds it is shown only if the work takes longer, and goes away at the end.
+    """
+
+    def __init__(self, description: str, total: int, initial: int = 0, unit: str = "it", delay: float = 0.0):
         interactive = sys.stderr.isatty()
         self._bar = tqdm(
             desc=f"{description:<12}",
@@ -20,6 +23,8 @@ class Progress:
             ncols=None if interactive else 120,
             mininterval=0.2 if interactive else 10.0,
             ascii=not interactive,
+            delay=delay,
+            leave=not delay,
         )
 
     def update(self, count: int = 1, figures: Mapping[str, float] | None = None) -> None:
@@ -29,6 +34,11 @@ class Progress:
                 ", ".join(f"{name} {value:.4g}" for name, value in figures.items()), refresh=False
             )
         self._bar.update(count)
+
+    def advance_to(self, done: int, total: int, figures: Mapping[str, float]) -> None:
+        """Like `update`, where the number of items may grow."""
+        self._bar.total = total
+        self.update(done - self._bar.n, figures)
 
     def close(self) -> None:
         self._bar.close()

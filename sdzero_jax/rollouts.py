@@ -1,19 +1,26 @@
 """Questions -> sampled responses -> verdicts: Rollouts, as functions and as an iterator.
 
-Revisions are rollouts whose prompt is the reviser's context x | y | d P_r d.
+Revisions are rollouts whose prompt is the reviser's context x | y | d P_r d. Responses are graded in a
+thread while others are decoded, and a response that is to be revised goes on in the slot where it was
+sampled. None of that changes a token: those depend on seed, request id and parameters alone.
 """
 
+import concurrent.futures
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import grain
+import jax
+import jax.numpy as jnp
 
 from sdzero_jax.batches import reviser_context
 from sdzero_jax.errors import UserError
 from sdzero_jax.examples import Question, Rollout, Verdict
+from sdzero_jax.progress import Progress
 from sdzero_jax.prompts import ControlPhrases
-from sdzero_jax.sampler import Completion, Request, Sampler
+from sdzero_jax.sampler import Request, Sampler
 from sdzero_jax.tokenizer import Tokenizer
 
 Verify = Callable[[Sequence[Question], Sequence[str]], list[Verdict]]
@@ -72,8 +79,8 @@ def sample_responses(
 
     `label` makes request ids unique to a stage and step, and with them the random numbers.
     """
-    prompts = [tuple(domain.tokenizer.encode_prompt(question.prompt)) for question in questions]
-    return _sample(domain, sampler, params, questions, prompts, config, label, seed, n)
+    attempts = _attempts(domain, questions, config, label, n)
+    return _in_order(attempts, _sample(domain, sampler, params, attempts, seed))
 
 
 def sample_revisions(
@@ -92,54 +99,167 @@ def sample_revisions(
 
     Rollouts without a verdict have no phrase; the caller leaves them out.
     """
-    questions = [rollout.question for rollout in rollouts]
-    prompts = [
-        reviser_context(rollout, domain.phrase_ids(rollout.verdict.reward), domain.tokenizer.stop_ids, keep_first_eos)
-        for rollout in rollouts
+    jobs = [
+        _revision(domain, rollout, config, f"{label}/{index:06d}", n, keep_first_eos)
+        for index, rollout in enumerate(rollouts)
     ]
-    return _sample(domain, sampler, params, questions, prompts, config, label, seed, n)
+    return _in_order(jobs, _sample(domain, sampler, params, jobs, seed))
 
 
-def _sample(domain, sampler, params, questions, prompts, config, label, seed, n) -> list[Rollout]:
-    requests = [
-        Request(
-            id=f"{label}/{index:06d}/{question.id}",
-            prompt=prompt,
-            n=n,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            min_p=config.min_p,
-        )
-        for index, (question, prompt) in enumerate(zip(questions, prompts))
-    ]
-    completions: dict[tuple[str, int], Completion] = {
-        (c.request_id, c.sample_index): c for c in sampler.generate(params, requests, seed=seed)
-    }
-    order = [(row, index) for row in range(len(requests)) for index in range(n)]
-    drawn = [completions[requests[row].id, index] for row, index in order]
-    texts = [domain.tokenizer.decode(completion.ids) for completion in drawn]
-    verdicts = domain.verify([questions[row] for row, _ in order], texts)
+def sample_and_revise(
+    domain: Domain,
+    sampler: Sampler,
+    params: Any,
+    questions: Sequence[Question],
+    config: SamplingConfig,
+    *,
+    label: str,
+    seed: int,
+    n: int = 1,
+    revisions: int = 1,
+    revise: Sequence[float] = (0.0, 1.0),
+) -> tuple[list[Rollout], list[list[Rollout]]]:
+    """Samples n responses per question and, as they are graded, revisions of those whose reward is in `revise`.
+
+    Returns:
+      The responses, question-major, and for each the list of its revisions (empty if it is not revised).
+    """
+    attempts = _attempts(domain, questions, config, f"{label}/init", n)
+    place = {job.request.id: row * n for row, job in enumerate(attempts)}
+
+    def follow(rollout: Rollout, key) -> "_Job | None":
+        if key[0] not in place or rollout.verdict.reward not in revise:
+            return None
+        number = place[key[0]] + rollout.sample_index
+        return _revision(domain, rollout, config, f"{label}/revision/{number:06d}", revisions, prefix=key)
+
+    sampled = _sample(domain, sampler, params, attempts, seed, follow)
+    drawn = _in_order(attempts, sampled)
+    revised: list[list[Rollout]] = [[] for _ in drawn]
+    for (name, _), rollout in sorted(sampled.items()):
+        if name not in place:
+            revised[int(name.removeprefix(f"{label}/revision/").split("/")[0])].append(rollout)
+    return drawn, revised
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A request and the question that it answers."""
+
+    request: Request
+    question: Question
+
+
+def _attempts(domain: Domain, questions, config: SamplingConfig, label: str, n: int) -> list[_Job]:
     return [
-        Rollout(
-            question=questions[row],
-            prompt_ids=tuple(prompts[row]),
-            response_ids=completion.ids,
-            logprobs=completion.logprobs,
-            finish_reason=completion.finish_reason,
-            verdict=verdict,
-            sample_index=index,
-        )
-        for (row, index), completion, verdict in zip(order, drawn, verdicts)
+        _job(question, domain.tokenizer.encode_prompt(question.prompt), config, f"{label}/{index:06d}", n)
+        for index, question in enumerate(questions)
     ]
+
+
+def _revision(domain, rollout, config, label: str, n: int, keep_first_eos: bool = False, prefix=None) -> _Job:
+    phrase = domain.phrase_ids(rollout.verdict.reward)
+    prompt = reviser_context(rollout, phrase, domain.tokenizer.stop_ids, keep_first_eos)
+    return _job(rollout.question, prompt, config, label, n, prefix)
+
+
+def _job(question: Question, prompt: Sequence[int], config: SamplingConfig, label: str, n: int, prefix=None) -> _Job:
+    settings = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")}
+    return _Job(Request(id=f"{label}/{question.id}", prompt=tuple(prompt), n=n, prefix=prefix, **settings), question)
+
+
+def _in_order(jobs: Sequence[_Job], sampled) -> list[Rollout]:
+    return [sampled[job.request.id, index] for job in jobs for index in range(job.request.n)]
+
+
+def _sample(domain: Domain, sampler: Sampler, params, jobs: Sequence[_Job], seed: int, follow=None):
+    """Samples and grades all jobs, and those that `follow` makes of a graded rollout: key -> Rollout.
+
+    `follow(rollout, key)` is asked about every rollout and may return one more job.
+    """
+    asked = {job.request.id: job for job in jobs}
+    session = sampler.session(params, seed=seed)
+    hold = follow is not None
+    session.submit([dataclasses.replace(job.request, hold=hold) for job in jobs])
+    rollouts: dict[tuple[str, int], Rollout] = {}
+    grading: set[concurrent.futures.Future] = set()
+    meter = _Meter(session)
+    with concurrent.futures.ThreadPoolExecutor(1) as grader, meter:
+        while session.busy or grading:
+            if session.busy and (done := session.step()):
+                grading.add(grader.submit(_grade, domain, [(asked[c.request_id], c) for c in done]))
+            if not session.busy and grading:
+                concurrent.futures.wait(grading, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in [future for future in grading if future.done()]:
+                grading.remove(future)
+                for key, rollout in future.result():
+                    rollouts[key] = rollout
+                    job = follow(rollout, key) if hold else None
+                    if job:
+                        asked[job.request.id] = job
+                        session.submit([job.request])
+                    session.release(key)
+                meter.show(rollouts)
+    return rollouts
+
+
+def _grade(domain: Domain, done) -> list[tuple[tuple[str, int], Rollout]]:
+    """(key, Rollout) of finished completions."""
+    texts = [domain.tokenizer.decode(completion.ids) for _, completion in done]
+    verdicts = domain.verify([job.question for job, _ in done], texts)
+    return [
+        (
+            (completion.request_id, completion.sample_index),
+            Rollout(
+                question=job.question,
+                prompt_ids=tuple(job.request.prompt),
+                response_ids=completion.ids,
+                logprobs=completion.logprobs,
+                finish_reason=completion.finish_reason,
+                verdict=verdict,
+                sample_index=completion.sample_index,
+            ),
+        )
+        for (job, completion), verdict in zip(done, verdicts)
+    ]
+
+
+class _Meter:
+    """A progress bar for sampling that takes long: samples, tokens per second, live slots, length, reward."""
+
+    def __init__(self, session):
+        self._session, self._begun = session, time.perf_counter()
+        self._bar = Progress("sampling", session.pending, unit="sample", delay=10.0)
+
+    def show(self, rollouts) -> None:
+        rewards = [rollout.verdict.reward for rollout in rollouts.values() if rollout.verdict.reward is not None]
+        tokens = sum(len(rollout.response_ids) for rollout in rollouts.values())
+        self._bar.advance_to(
+            len(rollouts),
+            len(rollouts) + self._session.pending,
+            {
+                "tok/s": self._session.statistics.decoded / (time.perf_counter() - self._begun),
+                "live": self._session.live,
+                "mean_tokens": tokens / max(len(rollouts), 1),
+                "reward": sum(rewards) / max(len(rewards), 1),
+            },
+        )
+
+    def __enter__(self) -> "_Meter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.close()
 
 
 class RolloutIterator:
-    """On-policy rollouts, a batch of questions at a time; the parameters come with every call.
+    """Rollouts, a batch of questions at a time; the parameters come with every call.
 
-    `get_state` / `set_state` are exact: the position in the question order and the number of
-    batches drawn, which keys the random numbers.
+    Strictly on-policy unless `prefetch`: then a batch is sampled in a thread while the one before it is
+    trained on, with a copy of the parameters of that time, and is one step old when it is used.
+
+    `get_state` / `set_state` are exact: the position in the question order, the number of batches drawn,
+    which keys the random numbers, and with prefetch the batch that was drawn ahead.
     """
 
     def __init__(
@@ -152,24 +272,75 @@ class RolloutIterator:
         label: str,
         seed: int,
         n: int = 1,
+        prefetch: bool = False,
     ):
         self._questions, self._domain, self._sampler, self._config = questions, domain, sampler, config
         self._label, self._seed, self._n = label, seed, n
-        self._drawn = 0
+        self._drawn = 0  # batches whose questions have been drawn
+        self._thread = concurrent.futures.ThreadPoolExecutor(1) if prefetch else None
+        self._ahead: tuple[Any, concurrent.futures.Future] | None = None  # state before its questions, rollouts
 
     def next(self, params: Any) -> list[Rollout]:
-        """The next batch of questions, sampled from `params` and graded."""
-        questions = next(self._questions)
-        rollouts = sample_responses(
-            self._domain, self._sampler, params, questions, self._config,
-            label=f"{self._label}/{self._drawn:06d}", seed=self._seed, n=self._n,
-        )  # fmt: skip
-        self._drawn += 1
+        """The next batch of questions, graded; sampled from `params`, with prefetch from those of the call before."""
+        if self._thread is None:
+            return self._sample(params, *self._draw())
+        rollouts = self._ahead[1].result() if self._ahead else self._sample(params, *self._draw())
+        before = self._questions.get_state()
+        try:
+            drawn = self._draw()
+        except StopIteration:
+            self._ahead = None
+            return rollouts
+        copied = jax.tree.map(jnp.copy, params)  # the train step gives up the originals
+        self._ahead = before, self._thread.submit(self._sample, copied, *drawn)
         return rollouts
 
+    def _draw(self) -> tuple[Sequence[Question], str]:
+        questions = next(self._questions)
+        self._drawn += 1
+        return questions, f"{self._label}/{self._drawn - 1:06d}"
+
+    def _sample(self, params, questions, label: str) -> list[Rollout]:
+        return sample_responses(
+            self._domain, self._sampler, params, questions, self._config, label=label, seed=self._seed, n=self._n
+        )
+
     def get_state(self) -> dict[str, Any]:
-        return {"questions": self._questions.get_state(), "drawn": self._drawn}
+        if self._ahead is None:
+            return {"questions": self._questions.get_state(), "drawn": self._drawn, "ahead": None}
+        before, rollouts = self._ahead
+        ahead = [
+            {
+                "response_ids": r.response_ids,
+                "logprobs": r.logprobs,
+                "finish_reason": r.finish_reason,
+                "verdict": dataclasses.asdict(r.verdict),
+            }
+            for r in rollouts.result()
+        ]
+        return {"questions": before, "drawn": self._drawn - 1, "ahead": ahead}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._questions.set_state(state["questions"])
         self._drawn = state["drawn"]
+        self._ahead = None
+        if state.get("ahead") is None:
+            return
+        before = self._questions.get_state()
+        questions, _ = self._draw()
+        rollouts = [
+            Rollout(
+                question=question,
+                prompt_ids=tuple(self._domain.tokenizer.encode_prompt(question.prompt)),
+                response_ids=tuple(record["response_ids"]),
+                logprobs=tuple(record["logprobs"]),
+                finish_reason=record["finish_reason"],
+                verdict=Verdict(**record["verdict"]),
+                sample_index=index,
+            )
+            for (question, index), record in zip(
+                [(question, index) for question in questions for index in range(self._n)], state["ahead"]
+            )
+        ]
+        self._ahead = before, concurrent.futures.Future()
+        self._ahead[1].set_result(rollouts)

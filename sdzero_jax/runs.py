@@ -110,16 +110,35 @@ class Run:
         }
 
     def sampler(self, slots: int | None = None) -> Sampler:
-        slots = slots or self.config.sampler.slots
-        parts = sharding.batch_devices(self.mesh)
+        """The run's sampler, with room for its longest context in each of `slots`."""
+        config = self.config.sampler
+        slots = slots or config.slots
+        mesh = self.mesh
+        if config.weights == "tensor":
+            mesh = sharding.rollout_mesh(mesh, self.config.model.num_kv_heads)
+        parts = sharding.batch_devices(mesh)
         return Sampler(
             self.model,
             slots=-(-slots // parts) * parts,
-            max_len=self.config.model.max_position,
+            max_len=max(self.contexts.values()),
             stop_ids=self.domain.tokenizer.stop_ids,
-            prompt_multiple=self.config.sampler.prompt_multiple,
-            mesh=self.mesh,
+            block=config.block,
+            prefill_tokens=config.prefill_tokens,
+            prompt_multiple=config.prompt_multiple,
+            cache_dtype=config.cache_dtype or None,
+            mesh=mesh,
         )
+
+    @property
+    def contexts(self) -> dict[str, int]:
+        """Stage -> tokens of the longest context that it samples: prompt, response, phrase and revision."""
+        phrase = max(len(self.domain.phrase_ids(reward)) for reward in (0.0, 1.0))
+        contexts = {}
+        for stage in ("collect", "distill", "evaluate"):
+            new = getattr(self.config, stage).sampling.max_new_tokens
+            revision = 0 if stage == "distill" else phrase + new
+            contexts[stage] = self.problems.max_prompt_tokens + new + revision
+        return contexts
 
     def abstract_params(self):
         """Shapes and shardings of the parameters, to restore into."""
@@ -221,15 +240,13 @@ def open_run(config: Config, stage: str | None = None, fork: bool = False) -> Ru
 def check_fit(run: Run) -> None:
     """Refuses settings that do not fit the task, the model's context or the devices."""
     config, model, problems = run.config, run.model, run.problems
-    phrase = max(len(run.domain.phrase_ids(reward)) for reward in (0.0, 1.0))
     for name in ("collect", "distill", "evaluate"):
-        sampling = getattr(config, name).sampling
-        check_sampling(sampling, f"{name}.sampling")
-        revision = 0 if name == "distill" else phrase + sampling.max_new_tokens
-        longest = problems.max_prompt_tokens + sampling.max_new_tokens + revision
+        check_sampling(getattr(config, name).sampling, f"{name}.sampling")
+    for name, longest in run.contexts.items():
         if longest > model.config.max_position:
+            new = getattr(config, name).sampling.max_new_tokens
             raise UserError(
-                f"{name}.sampling.max_new_tokens={sampling.max_new_tokens} needs contexts of {longest} tokens, "
+                f"{name}.sampling.max_new_tokens={new} needs contexts of {longest} tokens, "
                 f"but model.max_position={model.config.max_position}; lower the former or raise the latter"
             )
     layout = config.distill.layout

@@ -103,6 +103,24 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def rollout_shape(shape: Sequence[int], kv_heads: int) -> tuple[int, int, int]:
+    """Mesh shape for sampling on the devices of a training mesh: no fsdp, whose weights would travel at every step.
+
+    Weights and cache are cut along `tensor` in as many parts as divide the KV heads; the rest are replicas
+    with rows of their own.
+    """
+    data, fsdp, tensor = shape
+    parts = math.gcd(fsdp * tensor, kv_heads)
+    return data * fsdp * tensor // parts, 1, parts
+
+
+def rollout_mesh(mesh: Mesh, kv_heads: int) -> Mesh:
+    """The devices of a training mesh as `rollout_shape` says."""
+    return Mesh(
+        mesh.devices.reshape(rollout_shape(mesh.devices.shape, kv_heads)), mesh.axis_names, axis_types=mesh.axis_types
+    )
+
+
 def spec_for(
     axes: Sequence[str | None],
     sizes: Mapping[str, int],

@@ -526,9 +526,9 @@ def test_what_the_decoder_promises(monkeypatch):
     assert seen(segment_ids=tokens) == {("any", "splash", 6)}
     assert seen(positions=tokens) == {("any", "splash", 6)}
     assert seen(segment_ids=tokens, row_layout="packed") == {("packed", "splash", 6)}
-    # A filled cache is read, and no kernel can; an empty one is not read.
-    assert seen(cache=model.init_cache(1, 9)) == {("any", "auto", 9)}
-    assert seen(cache=model.init_cache(1, 9), row_layout="padded") == {("padded", "splash", 6)}
+    # A cache is read by an operator of its own; one that is promised to be empty is not read.
+    assert seen(cache=model.init_cache(1, 9, tail=6)) == set()
+    assert seen(cache=model.init_cache(1, 9, tail=6), row_layout="padded") == {("padded", "splash", 6)}
 
 
 def test_prefill_of_an_empty_cache_equals_reading_it_back():
@@ -536,7 +536,7 @@ def test_prefill_of_an_empty_cache_equals_reading_it_back():
     params = model.init(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (3, 33), 0, 40)
     segments = (jnp.arange(33)[None] < jnp.array([[33], [12], [0]])).astype(jnp.int32)
-    cache = model.init_cache(3, 40)
+    cache = model.init_cache(3, 40, tail=33)
 
     @jax.jit
     def both(params):

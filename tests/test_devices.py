@@ -1,4 +1,4 @@
-"""The demo's train step on eight devices equals one device."""
+"""The demo's train step and the sampler on eight devices equal one device."""
 
 import json
 import os
@@ -68,13 +68,68 @@ print(json.dumps(out))
 """
 
 
-@pytest.fixture(scope="module")
-def compared():
+SAMPLER = """
+import json, sys
+sys.path.insert(0, "tests")
+import jax, numpy as np
+jax.config.update("jax_default_matmul_precision", "highest")
+from twins import tiny_olmo, weights
+from sdzero_jax import sharding
+from sdzero_jax.sampler import Request, Sampler
+
+model = tiny_olmo(max_position=256)
+params = weights(model)
+rng = np.random.default_rng(0)
+requests = [
+    Request(str(i), rng.integers(0, 40, rng.integers(1, 30)).tolist(), int(rng.integers(20, 60)), top_p=top_p)
+    for i, top_p in enumerate([0.9, 1.0] * 12)
+]
+training = sharding.make_mesh(sharding.MeshConfig(2, 4, 1))
+placed = jax.device_put(params, sharding.shardings_for(training, model.param_axes(), model.param_shapes()))
+
+def sample(mesh, params):
+    sampler = Sampler(model, slots=8, max_len=128, stop_ids=(3,), block=8, prefill_tokens=64, mesh=mesh)
+    return {c.request_id: c for c in sampler.generate(params, requests, seed=0)}
+
+one, out = sample(None, params), {}
+for name, mesh in (("gathered", training), ("tensor", sharding.rollout_mesh(training, model.config.num_kv_heads))):
+    pairs, splits = [], 0
+    for key, completion in sample(mesh, placed).items():
+        for a, b, x, y in zip(completion.ids, one[key].ids, completion.logprobs, one[key].logprobs):
+            if a != b:
+                splits += 1
+                break
+            pairs.append(abs(x - y))
+    out[name] = {"tokens": len(pairs), "splits": splits, "worst": max(pairs), "mesh": list(mesh.devices.shape)}
+print(json.dumps(out))
+"""
+
+
+def on_eight_devices(script):
     flags = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=300"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    out = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-3000:]
     return json.loads(out.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def compared():
+    return on_eight_devices(SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def sampled():
+    return on_eight_devices(SAMPLER)
+
+
+@pytest.mark.parametrize("weights, mesh", [("gathered", [2, 4, 1]), ("tensor", [4, 1, 2])])
+def test_sampling_on_eight_devices_equals_one(sampled, weights, mesh):
+    case = sampled[weights]
+    assert case["mesh"] == mesh
+    assert case["tokens"] > 500
+    assert case["worst"] < 1e-5
+    assert case["splits"] == 0
 
 
 @pytest.mark.parametrize("mesh", ["2x4x1", "2x2x2"])

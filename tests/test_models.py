@@ -14,9 +14,9 @@ import pytest
 from twins import TWINS, golden, tiny, tiny_olmo, twin, weights
 
 from sdzero_jax.errors import UserError
-from sdzero_jax.models import PRESETS, LanguageModel, convert, decoder
+from sdzero_jax.models import PRESETS, LanguageModel, convert, decoder, insert
 
-apply = jax.jit(LanguageModel.apply, static_argnums=0)
+apply = jax.jit(LanguageModel.apply, static_argnums=0, static_argnames="row_layout")
 
 
 def full_logits(model, params, tokens, **kwargs):
@@ -84,14 +84,15 @@ def test_greedy_decoding_with_the_cache_equals_generate(name):
 
     @jax.jit
     def generate(params, prompt):
-        cache = model.init_cache(prompt.shape[0], prompt.shape[1] + new)
+        cache = model.init_cache(prompt.shape[0], prompt.shape[1] + new, tail=prompt.shape[1])
         hidden, cache = apply(model, params, prompt, cache=cache)
+        cache = model.commit(cache)
 
         def step(state, _):
             hidden, cache = state
             token = jnp.argmax(model.unembed(params, hidden[:, -1]), -1)[:, None]
             hidden, cache = apply(model, params, token, cache=cache)
-            return (hidden, cache), token[:, 0]
+            return (hidden, model.commit(cache)), token[:, 0]
 
         return jax.lax.scan(step, (hidden[:, -1:], cache), length=new)[1].T
 
@@ -245,43 +246,79 @@ def test_ragged_cached_decoding_equals_the_full_forward(build):
     lengths = jnp.array([9, 1, 0, 6])
     real = (jnp.arange(9) < lengths[:, None]).astype(jnp.int32)
     junk = jnp.where(real == 1, tokens[:, :9], 39)
-    hidden, cache = apply(model, params, junk, segment_ids=real, cache=model.init_cache(4, 24))
+    hidden, cache = apply(model, params, junk, segment_ids=real, cache=model.init_cache(4, 24, tail=12))
     np.testing.assert_allclose(hidden * real[..., None], want[:, :9] * real[..., None], atol=1e-5)
-    np.testing.assert_array_equal(cache.length, lengths)
+    at = lengths
     for i in range(14):
+        if i % 4 == 3:  # so that tokens are read from the tail and from where they lie in the end
+            cache = model.commit(cache)
+            np.testing.assert_array_equal(cache.length, at)
         go = (jnp.arange(4) != i % 5).astype(jnp.int32)[:, None]  # each row pauses now and then
-        at = cache.length
         token = jnp.take_along_axis(tokens, at[:, None], 1)
         hidden, cache = apply(model, params, token, segment_ids=go, cache=cache)
-        np.testing.assert_array_equal(cache.length, at + go[:, 0])
         np.testing.assert_allclose(
             hidden[:, 0] * go, jnp.take_along_axis(want, at[:, None, None], 1)[:, 0] * go, atol=1e-5
         )
-    assert int(cache.length.min()) >= 11
+        at = at + go[:, 0]
+    assert int(at.min()) >= 11
+
+
+@pytest.mark.parametrize("dtype, largest", [("int8", 0.05), ("float8_e4m3fn", 0.2), ("bfloat16", 0.05)])
+def test_narrow_caches_stay_close_to_the_full_forward(dtype, largest):
+    model = tiny_olmo()
+    params = weights(model)
+    tokens = ids(1, 3, 24)
+    want = apply(model, params, tokens)[0]
+    _, cache = apply(model, params, tokens[:, :20], cache=model.init_cache(3, 24, dtype, tail=20))
+    cache = model.commit(cache)
+    assert {part.k.dtype.name for part in cache.stored.values()} == {dtype}
+    hidden, _ = apply(model, params, tokens[:, 20:21], cache=cache)
+    error = np.abs(hidden[:, 0] - want[:, 20]).max()
+    assert 1e-5 < error < largest  # narrower, and still the same sequence
+
+
+def test_rows_of_a_prefilled_block_go_where_they_are_sent():
+    model = tiny_olmo()
+    params = weights(model)
+    tokens = ids(1, 3, 12)
+    real = (jnp.arange(12) < jnp.array([12, 5, 9])[:, None]).astype(jnp.int32)
+    _, block = apply(
+        model, params, tokens, segment_ids=real, cache=model.init_cache(3, 0, tail=12), row_layout="padded"
+    )
+    _, cache = apply(model, params, ids(2, 4, 12), cache=model.init_cache(4, 24, tail=12))  # rows in use before
+    cache = model.commit(cache)
+    # One sequence to two rows, one to none (4 is not a row).
+    cache = insert(cache, block, model.config, jnp.array([1, 2, 1, 0]), jnp.array([3, 0, 2, 4]))
+    np.testing.assert_array_equal(cache.length, [9, 12, 5, 5])
+    hidden, _ = apply(model, params, jnp.full((4, 1), 7), cache=cache)
+    for row, source, count in ((0, 2, 9), (2, 1, 5), (3, 1, 5)):
+        alone = apply(model, params, jnp.append(tokens[source, :count], 7)[None])[0][0, -1]
+        np.testing.assert_allclose(hidden[row, 0], alone, atol=1e-5)
+
+
+def test_a_committed_row_may_be_cut_by_its_length():
+    model = tiny_olmo()
+    params = weights(model)
+    tokens = ids(1, 2, 12)
+    _, cache = apply(model, params, tokens, cache=model.init_cache(2, 20, tail=12))
+    cache = model.commit(cache)
+    hidden, _ = apply(model, params, jnp.full((2, 1), 7), cache=cache.with_length(cache.length - 1))
+    want = apply(model, params, jnp.concatenate([tokens[:, :11], jnp.full((2, 1), 7)], 1))[0]
+    np.testing.assert_allclose(hidden[:, 0], want[:, -1], atol=1e-5)
 
 
 def test_a_row_is_given_to_a_new_sequence_by_clearing_it():
     model = tiny_olmo()
     params = weights(model)
     tokens = ids(1, 2, 10)
-    _, cache = apply(model, params, tokens, cache=model.init_cache(2, 12))
-    keep = jnp.array([1, 0])
-    cache = cache.replace(length=cache.length * keep, segment_ids=cache.segment_ids * keep[:, None])
+    _, cache = apply(model, params, tokens, cache=model.init_cache(2, 14, tail=10))
+    cache = model.commit(cache)
+    cache = cache.with_length(cache.length * jnp.array([1, 0]))
     fresh = ids(2, 2, 4)
     only_second = jnp.array([[0] * 4, [1] * 4])
     hidden, cache = apply(model, params, fresh, segment_ids=only_second, cache=cache)
     np.testing.assert_allclose(hidden[1], apply(model, params, fresh[1:])[0][0], atol=1e-5)
-    np.testing.assert_array_equal(cache.length, [10, 4])
-
-
-def test_a_full_row_loses_new_tokens_and_harms_nothing():
-    model = tiny()
-    params = weights(model)
-    tokens = ids(1, 1, 6)
-    _, full = apply(model, params, tokens, cache=model.init_cache(1, 6))
-    _, after = apply(model, params, tokens[:, :2], cache=full)
-    for before, now in zip(jax.tree.leaves(full), jax.tree.leaves(after), strict=True):
-        np.testing.assert_array_equal(before, now)
+    np.testing.assert_array_equal(model.commit(cache).length, [10, 4])
 
 
 @pytest.mark.parametrize("build", [tiny, tiny_olmo])
@@ -292,7 +329,7 @@ def test_left_padding_equals_no_padding(build, cached):
     tokens = ids(1, 1, 9)
     segments = jnp.array([[0, 0, 0] + [1] * 9])
     padded = jnp.pad(tokens, ((0, 0), (3, 0)))
-    cache = model.init_cache(1, 12) if cached else None
+    cache = model.init_cache(1, 12, tail=12) if cached else None
     hidden, _ = apply(model, params, padded, segment_ids=segments, cache=cache)
     np.testing.assert_allclose(hidden[:, 3:], apply(model, params, tokens)[0], atol=1e-5)
 
@@ -345,13 +382,14 @@ def test_decoding_does_not_copy_the_cache(optimised):
             hidden, cache = apply(model, params, token, cache=cache)
             return cache, jnp.argmax(model.unembed(params, hidden), -1)
 
-        return jax.lax.while_loop(lambda s: s[0].length[0] < 50, body, (cache, token))
+        cache, _ = jax.lax.while_loop(lambda s: s[0].tail_used < 4, body, (cache, token))
+        return model.commit(cache)
 
-    cache = model.init_cache(5, 53)
+    cache = model.init_cache(5, 53, tail=4)
     compiled = jax.jit(loop, donate_argnums=1).lower(params, cache, jnp.zeros((5, 1), jnp.int32)).compile()
-    assert "f32[6,5,53,2,8]" in compiled.as_text()
-    copies = [line for line in compiled.as_text().splitlines() if "f32[6,5,53,2,8]" in line and " copy(" in line]
-    assert not copies
+    for shape in ("f32[6,2,5,2,8,32]", "f32[6,2,5,2,32,8]"):  # keys, values
+        assert shape in compiled.as_text()
+        assert not [line for line in compiled.as_text().splitlines() if shape in line and " copy(" in line]
 
 
 # -------------------------------------------------------------------------------------------- dials
@@ -384,11 +422,12 @@ def test_dtypes():
     params = weights(model)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     tokens = ids(1, 2, 12)
-    hidden, cache = apply(model, params, tokens, cache=model.init_cache(2, 12))
-    assert hidden.dtype == cache.k.dtype == jnp.bfloat16 and model.unembed(params, hidden).dtype == jnp.float32
+    hidden, cache = apply(model, params, tokens, cache=model.init_cache(2, 12, tail=12))
+    assert hidden.dtype == cache.tail_k.dtype == cache.stored["full"].k.dtype == jnp.bfloat16
+    assert model.unembed(params, hidden).dtype == jnp.float32
     exact = tiny_olmo().apply(params, tokens)[0]
     assert 1e-4 < np.abs(hidden.astype(jnp.float32) - exact).max() < 0.25
-    assert model.init_cache(1, 2, "float32").v.dtype == jnp.float32
+    assert model.init_cache(1, 2, "float32").stored["sliding"].v.dtype == jnp.float32
 
 
 @pytest.mark.slow

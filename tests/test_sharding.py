@@ -104,6 +104,21 @@ def test_a_mesh_is_refitted_only_where_it_does_not_fit():
     assert sharding.refit(MeshConfig(1, 16, 1), 4) == MeshConfig(1, 4, 1)
 
 
+@pytest.mark.parametrize(
+    "shape, kv_heads, want",
+    [
+        ((1, 1, 1), 8, (1, 1, 1)),
+        ((2, 4, 1), 8, (2, 1, 4)),
+        ((1, 16, 1), 8, (2, 1, 8)),  # more devices than KV heads: replicas with rows of their own
+        ((4, 16, 1), 32, (4, 1, 16)),
+        ((1, 6, 1), 4, (3, 1, 2)),
+        ((1, 4, 2), 1, (8, 1, 1)),
+    ],
+)
+def test_rollout_shapes_by_hand(shape, kv_heads, want):
+    assert sharding.rollout_shape(shape, kv_heads) == want
+
+
 def test_without_a_mesh_nothing_is_constrained():
     x = jnp.ones((2, 3))
     assert sharding.constrain(x, "batch", "act_mlp") is x

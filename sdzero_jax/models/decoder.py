@@ -2,8 +2,7 @@
 
 `DecoderConfig` holds the dials (norm position, QK-norm, layer pattern, RoPE per layer type),
 `LanguageModel` the pure functions. Parameters are a plain nested dict; every layer parameter is
-stacked over the repetitions of the layer pattern. Left out: dropout, mixture of experts, and a
-ring buffer for sliding layers (their cache is as long as the others').
+stacked over the repetitions of the layer pattern. Left out: dropout, mixture of experts.
 """
 
 import dataclasses
@@ -19,7 +18,8 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from sdzero_jax.errors import UserError, nearest
-from sdzero_jax.ops.attention import IMPLEMENTATIONS, KERNELS, attention
+from sdzero_jax.models.cache import Cache, commit, empty_cache, extend
+from sdzero_jax.ops.attention import IMPLEMENTATIONS, attention, cached_attention, chunks_needed
 from sdzero_jax.sharding import constrain
 
 _CHOICES = {
@@ -99,20 +99,6 @@ class DecoderConfig:
         return self.num_layers // len(self.layer_pattern)
 
 
-@struct.dataclass
-class Cache:
-    """Keys and values of the tokens seen so far, one sequence per row; slots fill from the left.
-
-    To hand a row to a new sequence, set its `length` and `segment_ids` to 0.
-    """
-
-    k: jax.Array  # [L, B, S, KV, H]
-    v: jax.Array  # [L, B, S, KV, H]
-    positions: jax.Array  # [B, S] int32
-    segment_ids: jax.Array  # [B, S] int32, 0 = empty
-    length: jax.Array  # [B] int32, the next free slot
-
-
 # ---------------------------------------------------------------------------------- rotary tables
 
 
@@ -164,9 +150,8 @@ class _Where:
     positions: jax.Array  # [B, T]
     segments: jax.Array  # [B, T]
     tables: dict[str, tuple[jax.Array, jax.Array]]  # layer type -> cos, sin
-    kv_positions: jax.Array  # [B, S] (T without a cache)
-    kv_segments: jax.Array  # [B, S]
-    slots: jax.Array | None  # [B, T] slot each token is written to; S (out of range) for padding
+    cache: Cache | None
+    chunks: dict[str, jax.Array]  # layer type -> how much of the cache is read
     layout: str = struct.field(pytree_node=False)  # of the rows, as `ops.attention` names them
 
 
@@ -210,10 +195,14 @@ class _Weights(nn.Module):
 
 
 class _Attention(_Weights):
-    layer_type: str
+    block: int  # place in the layer pattern
+
+    @property
+    def layer_type(self) -> str:
+        return self.config.layer_pattern[self.block]
 
     @nn.compact
-    def __call__(self, x, kv, layer, where: _Where):
+    def __call__(self, x, group, where: _Where):
         c = self.config
         hidden, heads, kv_heads, width = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
         w_q = self.matrix("query", (hidden, heads, width), ("embed", "heads", "head_dim"))
@@ -235,36 +224,35 @@ class _Attention(_Weights):
             k = _norm(k, k_scale, c.rms_norm_eps, (-2, -1))
         q = constrain(_rotate(q, where.tables[self.layer_type]), "batch", "length", "act_heads", None)
         k = constrain(_rotate(k, where.tables[self.layer_type]), "batch", "length", "act_heads", None)
-        if kv is not None:
-            kv = tuple(_write(old, layer, where.slots, new) for old, new in zip(kv, (k, v), strict=True))
-        implementation = c.attention
-        if kv is not None and where.layout == "any":
-            k, v = (jax.lax.dynamic_index_in_dim(cached, layer, 0, keepdims=False) for cached in kv)
-            k, v = k.astype(q.dtype), v.astype(q.dtype)  # [B, S, KV, H]
-            # The kernels cannot read a cache, and a model that trains with one must also decode.
-            implementation = "auto" if c.attention in KERNELS else c.attention
-        out = attention(
-            q,
-            k,
-            v,
-            q_positions=where.positions,
-            kv_positions=where.kv_positions,
-            q_segments=where.segments,
-            kv_segments=where.kv_segments,
-            window=c.sliding_window if self.layer_type == "sliding" else None,
-            layout=where.layout,
-            implementation=implementation,
-        )  # [B, T, N, H]
+        window = c.sliding_window if self.layer_type == "sliding" else None
+        cache = where.cache
+        if cache is not None and where.layout == "any":
+            pattern = c.layer_pattern
+            order = pattern[: self.block].count(self.layer_type)  # among the pattern's layers of this type
+            tail = group * len(pattern) + self.block
+            tail = (cache.tail_k[tail], cache.tail_v[tail], cache.tail_positions)
+            stored, layer = cache.stored[self.layer_type], group * pattern.count(self.layer_type) + order
+            chunks = where.chunks[self.layer_type]
+            k, v = (x.swapaxes(1, 2) for x in (k, v))  # [B, KV, T, H]
+            out = cached_attention(q, (k, v), tail, stored, layer, chunks, where.positions, window)
+        else:
+            out = attention(
+                q,
+                k,
+                v,
+                q_positions=where.positions,
+                kv_positions=where.positions,
+                q_segments=where.segments,
+                kv_segments=where.segments,
+                window=window,
+                layout=where.layout,
+                implementation=c.attention,
+            )  # [B, T, N, H]
+            k, v = (x.swapaxes(1, 2) for x in (k, v))
         out = _matmul(out, w_out, 2)
         if c.attention_bias:
             out = out + self.bias("out_bias", (hidden,), ("norm",))
-        return out, kv
-
-
-def _write(cached: jax.Array, layer: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
-    """Writes new [B, T, KV, H] into a layer of cached [L, B, S, KV, H] at slots [B, T], dropping padding."""
-    rows = jnp.arange(new.shape[0])[:, None]
-    return cached.at[layer, rows, slots].set(new.astype(cached.dtype), mode="drop")
+        return out, None if cache is None else (k, v)
 
 
 class _Mlp(_Weights):
@@ -278,17 +266,17 @@ class _Mlp(_Weights):
 
 
 class _Block(_Weights):
-    layer_type: str
+    block: int  # place in the layer pattern
 
     @nn.compact
-    def __call__(self, x, kv, layer, where: _Where):
+    def __call__(self, x, group, where: _Where):
         c = self.config
         x = checkpoint_name(x, _BLOCK_INPUT)
         before = c.norm_position == "pre"
         attention_norm = self.scale("attention_norm", (c.hidden_size,), ("norm",))
         mlp_norm = self.scale("mlp_norm", (c.hidden_size,), ("norm",))
         y = _norm(x, attention_norm, c.rms_norm_eps) if before else x
-        y, kv = _Attention(c, self.layer_type, name="attention")(y, kv, layer, where)
+        y, kv = _Attention(c, self.block, name="attention")(y, group, where)
         x = x + (y if before else _norm(y, attention_norm, c.rms_norm_eps))
         x = constrain(x, "batch", "length", "act_embed")
         y = _norm(x, mlp_norm, c.rms_norm_eps) if before else x
@@ -318,23 +306,32 @@ class _Group(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, carry, group, where: _Where):
-        x, kv = carry
-        pattern = self.config.layer_pattern
+    def __call__(self, x, group, where: _Where):
         block = _Block
         if self.config.remat != "none":
             # The scan around us is what keeps the compiler from undoing the recomputation.
             block = nn.remat(_Block, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=False)
-        for i, layer_type in enumerate(pattern):
-            x, kv = block(self.config, layer_type, name=f"block_{i}")(x, kv, group * len(pattern) + i, where)
-        return (x, kv), None
+        fresh = []
+        for i in range(len(self.config.layer_pattern)):
+            x, kv = block(self.config, i, name=f"block_{i}")(x, group, where)
+            fresh.append(kv)
+        if where.cache is None:
+            return x, None
+        return x, jax.tree.map(lambda *layers: jnp.stack(layers), *fresh)  # [pattern, B, KV, T, H]
+
+
+def _unrolled_name(group: int) -> str:
+    return f"layers_{group}"
 
 
 class _Decoder(_Weights):
-    """tokens [B, T] -> hidden states after the final norm [B, T, D], and the cache's (k, v)."""
+    """tokens [B, T] -> hidden states after the final norm [B, T, D], and with a cache their (k, v).
+
+    k and v are [L, B, KV, T, H]. The cache is only read: carried through the scan it would be copied.
+    """
 
     @nn.compact
-    def __call__(self, tokens, kv, where: _Where):
+    def __call__(self, tokens, where: _Where):
         c = self.config
         # The embedding is read in the parameters' dtype: its gradient sums over many tokens.
         init = nn.initializers.normal(c.initializer_range)
@@ -348,16 +345,23 @@ class _Decoder(_Weights):
         x = jnp.take(constrain(table, "vocab", "embed"), tokens, axis=0).astype(c.compute_dtype)
         x = constrain(x, "lookup_batch", "length", "embed")
         x = constrain(x, "batch", "length", "act_embed")
-        # The whole cache is carried and written in place: scanning it in and out would copy it.
-        scanned = nn.scan(
-            _Group,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=c.num_groups,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        (x, kv), _ = scanned(c, name="layers")((x, kv), jnp.arange(c.num_groups), where)
+        if self.has_variable("params", _unrolled_name(0)):
+            groups = []
+            for group in range(c.num_groups):
+                x, kv = _Group(c, name=_unrolled_name(group))(x, group, where)
+                groups.append(kv)
+            kv = jax.tree.map(lambda *groups: jnp.stack(groups), *groups)
+        else:
+            scanned = nn.scan(
+                _Group,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=c.num_groups,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            x, kv = scanned(c, name="layers")(x, jnp.arange(c.num_groups), where)
+        kv = jax.tree.map(lambda x: x.reshape(c.num_layers, *x.shape[2:]), kv)
         return _norm(x, self.scale("final_norm", (c.hidden_size,), ("norm",)), c.rms_norm_eps), kv
 
 
@@ -391,23 +395,22 @@ class LanguageModel:
     def _boxed(self, key):
         tokens = jnp.zeros((1, 1), jnp.int32)
         config = dataclasses.replace(self.config, attention="reference")  # a kernel's device may be elsewhere
-        return _Decoder(config).init(key, tokens, None, self._where(tokens, None, None, None, "any"))["params"]
+        return _Decoder(config).init(key, tokens, self._where(tokens, tokens, None, "any"))["params"]
 
     def _abstract(self):
         return jax.eval_shape(self._boxed, jax.random.key(0))
 
-    def init_cache(self, batch: int, max_len: int, dtype: Any = None) -> Cache:
-        """An empty cache of `max_len` slots per row, in the compute dtype unless `dtype` says else."""
-        c = self.config
-        shape = (c.num_layers, batch, max_len, c.num_kv_heads, c.head_dim)
-        dtype = jnp.dtype(c.compute_dtype if dtype is None else dtype)
-        return Cache(
-            k=jnp.zeros(shape, dtype),
-            v=jnp.zeros(shape, dtype),
-            positions=jnp.zeros((batch, max_len), jnp.int32),
-            segment_ids=jnp.zeros((batch, max_len), jnp.int32),
-            length=jnp.zeros((batch,), jnp.int32),
-        )
+    def init_cache(self, batch: int, max_len: int, dtype: Any = None, tail: int = 1) -> Cache:
+        """An empty cache of `max_len` tokens per row, of which `tail` may wait for a commit.
+
+        `dtype` (default: the compute dtype) is what it is stored in: a float, or int8 or float8_e4m3fn
+        with a scale per token and head.
+        """
+        return empty_cache(self.config, batch, max_len, dtype, tail)
+
+    def commit(self, cache: Cache) -> Cache:
+        """Empties the cache's tail into its long part."""
+        return commit(cache, self.config)
 
     def apply(
         self,
@@ -422,10 +425,11 @@ class LanguageModel:
         """tokens [B, T] -> (hidden [B, T, D] after the final norm, cache).
 
         segment_ids [B, T] (default all 1): a token attends within its segment only, 0 is padding.
-        positions [B, T] (default: counted from 0 in every run of equal segment ids; with a cache,
-        counted on from the row's length). With a cache, the non-padding tokens of row b go to the
-        slots from length[b] on and length[b] grows by their number; tokens beyond the last slot
-        are lost, so size the cache for the longest row. Hidden states of padding are meaningless.
+        positions [B, T] (default: counted from 0 in every run of equal segment ids). Hidden states of
+        padding are meaningless.
+
+        With a cache, the tokens of row b that are not padding continue its sequence, and are added to
+        the cache's tail, which must have room for T; segments and positions are its own affair then.
 
         row_layout (static) is what the caller promises about positions and segments, as in
         `ops.attention`: "any" (the default, unless both are left out), "packed" or "padded"; the fused
@@ -438,39 +442,43 @@ class LanguageModel:
             _need_host_memory()
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
-        slots = None
         if cache is not None:
-            real = (segment_ids != 0).astype(jnp.int32)
-            order = cache.length[:, None] + jnp.cumsum(real, axis=1) - 1  # [B, T]
-            max_len = cache.positions.shape[1]
-            slots = jnp.where(real == 1, order, max_len)
-            positions = order if positions is None else positions
-            rows = jnp.arange(tokens.shape[0])[:, None]
-            cache = cache.replace(
-                positions=cache.positions.at[rows, slots].set(positions, mode="drop"),
-                segment_ids=cache.segment_ids.at[rows, slots].set(segment_ids, mode="drop"),
-                length=jnp.minimum(cache.length + real.sum(axis=1), max_len),
-            )
+            if positions is not None:
+                raise ValueError("with a cache, positions follow from the tokens before; wanted positions=None")
+            real = segment_ids != 0
+            before = cache.length + jnp.sum(cache.tail_positions >= 0, axis=1)
+            positions = jnp.where(real, before[:, None] + jnp.cumsum(real, axis=1) - 1, -1).astype(jnp.int32)
         elif positions is None:
             positions = _positions_in_runs(segment_ids)
-        where = self._where(positions, segment_ids, slots, cache, row_layout)
-        kv = None if cache is None else (cache.k, cache.v)
-        hidden, kv = _Decoder(self.config).apply({"params": params}, tokens, kv, where)
-        return hidden, (None if cache is None else cache.replace(k=kv[0], v=kv[1]))
+        hidden, kv = _Decoder(self.config).apply(
+            {"params": params}, tokens, self._where(positions, segment_ids, cache, row_layout)
+        )
+        return hidden, None if cache is None else extend(cache, *kv, positions)
 
-    def _where(self, positions, segment_ids, slots, cache, layout):
-        segment_ids = jnp.ones_like(positions) if segment_ids is None else segment_ids
+    def _where(self, positions, segment_ids, cache, layout):
         kinds = dict.fromkeys(self.config.layer_pattern)
-        cached = cache is not None and layout == "any"
+        chunks = {}
+        if cache is not None:
+            live = jnp.where(jnp.max(positions, axis=1) >= 0, cache.length, 0)  # rows of padding read nothing
+            chunks = {kind: chunks_needed(part, live) for kind, part in cache.stored.items()}
         return _Where(
             positions=positions,
             segments=segment_ids,
             tables={kind: rope_table(self.config, kind, positions) for kind in kinds},
-            kv_positions=cache.positions if cached else positions,
-            kv_segments=cache.segment_ids if cached else segment_ids,
-            slots=slots,
+            cache=cache,
+            chunks=chunks,
             layout=layout,
         )
+
+    def unrolled(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The parameters with the layers' stacks taken apart, which `apply` takes as well.
+
+        A scan copies each layer's weights out of the stack, on a CPU for a fifth of the time of a decode
+        step; what decodes many steps takes them apart once.
+        """
+        rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+        take = lambda group: jax.tree.map(lambda leaf: leaf[group], params["layers"])  # noqa: E731
+        return rest | {_unrolled_name(group): take(group) for group in range(self.config.num_groups)}
 
     def unembedding(self, params: dict[str, Any]) -> jax.Array:
         """The output matrix [V, D] in the parameters' dtype: the embedding table when tied."""

@@ -25,9 +25,20 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from kernels.attention_cached import Stored, cached_attention, chunks_needed
 from kernels.attention_chunked import MASKED, chunked_attention, scores, visible
 from kernels.attention_splash import splash_attention
 from sdzero_jax.errors import UserError, nearest
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "KERNELS",
+    "LAYOUTS",
+    "Stored",
+    "attention",
+    "cached_attention",
+    "chunks_needed",
+]
 
 KERNELS = ("cudnn", "splash")
 IMPLEMENTATIONS = ("auto", "reference", "chunked", *KERNELS)
