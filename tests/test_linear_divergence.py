@@ -495,6 +495,7 @@ SHARDED = """
 """
 
 
+@pytest.mark.slow
 def test_sharded_equals_unsharded_and_moves_no_more_than_a_tile_in_the_loop():
     environment = {
         **os.environ,

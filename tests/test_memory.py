@@ -182,7 +182,10 @@ def test_offload_needs_a_host_memory(monkeypatch):
         model.apply(model.param_shapes(), np.zeros((1, 2), np.int32))
 
 
-@pytest.mark.parametrize("family", [{}, {"norm_position": "post", "qk_norm": "projection", "attention_bias": True}])
+OLMO_LIKE = {"norm_position": "post", "qk_norm": "projection", "attention_bias": True}
+
+
+@pytest.mark.parametrize("family", [{}, pytest.param(OLMO_LIKE, marks=pytest.mark.slow)])
 def test_a_teacher_in_the_compute_dtype_is_the_reviser_to_the_bit(family):
     model = LanguageModel(dataclasses.replace(MODEL, initializer_range=0.3, **family))
     reviser = model.init(jax.random.key(0))
@@ -208,6 +211,7 @@ def test_what_fits_needs_no_advice_and_what_does_not_names_the_setting():
     assert memory.suggest(config, (1, 1, 1), full - 1).startswith("set ")
 
 
+@pytest.mark.slow
 def test_a_state_that_is_too_large_asks_for_devices():
     state = sum(estimate().state.values())
     assert "4 such devices would do" in memory.suggest(TINY, (1, 1, 1), state * 0.7)

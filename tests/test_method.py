@@ -313,6 +313,7 @@ def test_a_nan_gradient_changes_nothing_and_is_counted():
     jax.tree.map(np.testing.assert_array_equal, host(state.params), before)
 
 
+@pytest.mark.slow
 def test_srt_lowers_the_loss_on_held_out_traces():
     from sdzero_jax.methods import SRT_STAGES, SequenceSource, SrtData, srt_sequences
     from sdzero_jax.tasks import TaskConfig, make_task

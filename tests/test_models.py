@@ -263,7 +263,14 @@ def test_ragged_cached_decoding_equals_the_full_forward(build):
     assert int(at.min()) >= 11
 
 
-@pytest.mark.parametrize("dtype, largest", [("int8", 0.05), ("float8_e4m3fn", 0.2), ("bfloat16", 0.05)])
+@pytest.mark.parametrize(
+    "dtype, largest",
+    [
+        ("int8", 0.05),
+        pytest.param("float8_e4m3fn", 0.2, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 0.05, marks=pytest.mark.slow),
+    ],
+)
 def test_narrow_caches_stay_close_to_the_full_forward(dtype, largest):
     model = tiny_olmo()
     params = weights(model)

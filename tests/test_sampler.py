@@ -185,6 +185,7 @@ def test_prefill_shapes_do_not_depend_on_the_queue(monkeypatch):
     assert set(seen) == {(1, 24), (2, 8), (1, 16)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
 def test_narrow_caches_sample_nearly_the_same(dtype):
     narrow = Sampler(MODEL, slots=4, max_len=48, stop_ids=(22,), block=4, prompt_multiple=8, cache_dtype=dtype)

@@ -116,6 +116,7 @@ def test_the_judge_stays_small_and_the_controls_work(user, folder):
     assert report["grown_kib"] < 96 << 10, "kibibytes that the judge grew by over all programs"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LINUX, reason="limits need Linux and prlimit")
 @pytest.mark.parametrize("user", ["root", "ordinary"])
 @pytest.mark.parametrize("name", programs(hostile.COVERED_WITHOUT_SANDBOX))

@@ -124,6 +124,7 @@ def test_without_a_mesh_nothing_is_constrained():
     assert sharding.constrain(x, "batch", "act_mlp") is x
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     flags = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=300"
     environment = {

@@ -159,6 +159,7 @@ class _Sample:
 class _Prefilled:
     """A prefilled block of prompts and the samples that wait for its rows."""
 
+    bucket: int
     block: object
     hidden: object
     waiting: collections.deque  # of (row, _Sample)
@@ -256,14 +257,14 @@ class Session:
         while free and (self._prefilled or self._queue):
             if self._prefilled is None:
                 self._prefill()
-            waiting = self._prefilled.waiting
-            rows = self._sampler.prefill_rows(self._bucket)
+            waiting, bucket = self._prefilled.waiting, self._prefilled.bucket
+            rows = self._sampler.prefill_rows(bucket)
             sources, targets = np.zeros(rows, np.int32), np.full(rows, self._sampler.slots, np.int32)
             for i in range(min(rows, len(free), len(waiting))):
                 row, sample = waiting.popleft()
                 slot = free.pop(0)
                 sources[i], targets[i], self._slots[slot] = row, slot, sample
-            self._note("place", self._bucket)
+            self._note("place", bucket)
             self._cache, self._hidden = programs.place(
                 self._sampler.model,
                 self._cache,
@@ -289,7 +290,7 @@ class Session:
             )
             self._params = programs.for_sampling(sampler.model, self._params, sampler.mesh)
             self._decode_params = programs.for_decoding(sampler.model, self._params)
-        self._bucket = bucket = sampler.bucket(len(self._queue[0].prompt))
+        bucket = sampler.bucket(len(self._queue[0].prompt))
         rows = sampler.prefill_rows(bucket)
         taken, left = [], collections.deque()
         while self._queue and len(taken) < rows:
@@ -309,7 +310,7 @@ class Session:
             batch = sharding.shard_batch(sampler.mesh, batch)
         self._note("prefill", bucket)
         block, hidden = programs.prefill(sampler.model, self._params, **batch)
-        self._prefilled = _Prefilled(block, hidden, waiting)
+        self._prefilled = _Prefilled(bucket, block, hidden, waiting)
 
     # ---- decoding
 
