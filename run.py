@@ -3,6 +3,8 @@
 python run.py                            the demo: the whole method on the embedded task
 python run.py configs/NAME.py a.b=c      the whole pipeline of a config, with settings overridden
 python run.py STAGE configs/NAME.py ...  one stage: base, collect, srt, distill, evaluate, localise
+python run.py train configs/NAME.py ...  any method alone: train.method=grpo, rft, sdft, ...
+python run.py compare configs/NAME.py    methods side by side at equal sampled tokens, over seeds
 python run.py report RUN [RUN ...]       writes the report of finished or unfinished runs again
 python run.py doctor [configs/NAME.py]   what is installed, which devices there are, what runs where
 python run.py verify FILE                grades a JSON-lines file of responses: mathematics or programs
@@ -17,8 +19,8 @@ import argparse
 import sys
 
 DEMO = "configs/demo.py"
-STAGES = ("base", "collect", "srt", "distill", "evaluate", "localise")
-COMMANDS = ("demo", "pipeline", *STAGES, "report", "doctor", "verify", "data", "convert")
+STAGES = ("base", "collect", "srt", "distill", "train", "evaluate", "localise")
+COMMANDS = ("demo", "pipeline", *STAGES, "compare", "report", "doctor", "verify", "data", "convert")
 
 
 def main(argv: list[str]) -> int:
@@ -91,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
         "collect": "sample and grade first attempts and revisions",
         "srt": "train the base model to revise (self-revision training)",
         "distill": "distil the reviser into the generator, on-policy",
+        "train": "any method alone, from the base or a later model, and its figures",
         "evaluate": "avg@k, pass@k, generate-then-revise of every model of the run",
         "localise": "does the reviser's divergence find the first error?",
     }
@@ -104,6 +107,11 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--fork", action="store_true", help="with changed settings, go on in a new run directory")
         command.add_argument("-h", "--help", action=_Help, nargs=0, help="show this and every setting")
         command.set_defaults(function=run_stages, stage=name if name in STAGES else None)
+    compare = commands.add_parser("compare", help="methods side by side at equal sampled tokens")
+    compare.add_argument("config", help="file with get_comparison()")
+    compare.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings, or seeds=, budget=, directory=")
+    compare.add_argument("--tune", action="store_true", help="try every entry's grid on validation questions instead")
+    compare.set_defaults(function=compare_methods)
     report = commands.add_parser("report", help="write the report of runs again")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
     report.set_defaults(function=write_reports)
@@ -165,9 +173,26 @@ def run_stages(arguments) -> int:
     with runs.open_run(config, arguments.stage, arguments.fork) as run:
         if arguments.stage:
             pipeline.run_stage(run, arguments.stage)
+            if arguments.stage == "train":
+                print(pipeline.table({run.config.train.method: pipeline.evaluate_stage(run, "train")}))
         else:
             print(pipeline.table(pipeline.run_all(run)))
             print(f"\nreport: {run.directory / 'report' / 'report.html'}")
+    return 0
+
+
+def compare_methods(arguments) -> int:
+    from sdzero_jax import compare, signals
+
+    signals.install()
+    comparison = asked = compare.load_comparison(arguments.config, arguments.overrides)
+    if arguments.tune:
+        comparison = compare.tuning(asked)
+    summary = compare.compare(comparison)
+    print(compare.table(summary))
+    if arguments.tune:
+        print(f"\nbest of each grid:\n{compare.tuned(asked, summary)}")
+    print(f"\nreport: {comparison.folder / 'report' / 'comparison.html'}")
     return 0
 
 

@@ -8,12 +8,12 @@ of ids and never re-tokenised (ALGORITHM: token layout).
 A "scored sequence" batch, for cross-entropy:
   tokens, positions, segment_ids [B, L]; index, target_ids, weights [B, R]
 A distillation batch, for self-distillation and policy gradients:
-  gen_* and rev_* [B, L] as above; gen_index, rev_index, target_ids, mask, logprobs [B, R];
-  reward [B]
+  gen_* and rev_* [B, L] as above; gen_index, rev_index, target_ids, mask, logprobs [B, R]; ends [B, R],
+  1 at an end token; reward [B]; with guidance also opposite_* and opposite_index, the teacher under the other phrase
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -57,7 +57,7 @@ def revision_sequence(trace: RevisionTrace, targets: SrtTargets) -> ScoredSequen
 
 
 def response_sequence(prompt_ids: Ids, response_ids: Ids) -> ScoredSequence:
-    """x | y EOS with weight 1 on every response token: SFT and RFT."""
+    """x | y EOS with weight 1 on every token of y: SFT, RFT, and revisions, whose x is x | y_init | d P_r d."""
     return ScoredSequence((*prompt_ids, *response_ids), (0.0,) * len(prompt_ids) + (1.0,) * len(response_ids))
 
 
@@ -91,7 +91,7 @@ class DistillLayout:
     """How a rollout becomes a student and a teacher sequence."""
 
     max_prompt: Annotated[int, "tokens of the longest prompt"] = 16
-    max_response: Annotated[int, "tokens of the longest response"] = 32
+    max_response: Annotated[int, "tokens of the longest response"] = 64
     sample_mask: Annotated[SampleMask, "which rollouts are trained on"] = "all"
     keep_first_eos: Annotated[bool, "keep the end token of y's first copy (authors' code)"] = False
     max_teacher_tokens: Annotated[int, "longest teacher sequence; longer samples are dropped"] = 32768
@@ -99,6 +99,10 @@ class DistillLayout:
     def rev_length(self, phrase_length: int) -> int:
         """Static length of the teacher's rows."""
         return min(self.max_prompt + 2 * self.max_response + phrase_length, self.max_teacher_tokens)
+
+
+# (rollout, reward that chooses the phrase) -> what the teacher reads before y
+TeacherContext = Callable[[Rollout, float], Ids]
 
 
 def reviser_context(rollout: Rollout, phrase_ids: Ids, stop_ids: Ids, keep_first_eos: bool) -> tuple[int, ...]:
@@ -133,6 +137,9 @@ def distill_batch(
     phrase_ids: Callable[[float], Ids],
     stop_ids: Ids,
     layout: DistillLayout,
+    *,
+    context: TeacherContext | None = None,
+    opposite: bool = False,
 ) -> tuple[Batch, dict[str, int]]:
     """Student rows x | y and teacher rows x | y | d P_r d | y, aligned token by token.
 
@@ -141,51 +148,61 @@ def distill_batch(
         so that the batch has one shape.
       phrase_ids: reward -> ids of d P_r d.
       stop_ids: the end tokens.
+      context: what the teacher reads before y; default x | y | d P_r d.
+      opposite: adds the teacher's rows under the phrase of the other reward, for guidance.
 
     Returns:
       The batch, and counts {"overlong", "no_verdict", "masked"} of rows left out.
     """
+    if context is None:
+
+        def context(rollout: Rollout, reward: float) -> Ids:
+            return reviser_context(rollout, phrase_ids(reward), stop_ids, layout.keep_first_eos)
+
     longest_phrase = max(len(phrase_ids(0.0)), len(phrase_ids(1.0)))
     rev_limit = layout.rev_length(longest_phrase)
     gen_limit, width = layout.max_prompt + layout.max_response, layout.max_response
+    limits = {"gen": gen_limit, "rev": rev_limit} | ({"opposite": rev_limit} if opposite else {})
     counts = {"overlong": 0, "no_verdict": 0, "masked": 0}
-    gen_rows, rev_rows = [], []
-    batch = {name: np.zeros((len(rollouts), width), np.int32) for name in ("gen_index", "rev_index", "target_ids")}
-    batch |= {name: np.zeros((len(rollouts), width), np.float32) for name in ("mask", "logprobs")}
+    rows: dict[str, list[Ids]] = {side: [] for side in limits}
+    indices = [f"{side}_index" for side in limits]
+    batch = {name: np.zeros((len(rollouts), width), np.int32) for name in (*indices, "target_ids")}
+    batch |= {name: np.zeros((len(rollouts), width), np.float32) for name in ("mask", "ends", "logprobs")}
     batch["reward"] = np.zeros(len(rollouts), np.float32)
     for row, rollout in enumerate(rollouts):
         reward = rollout.verdict.reward or 0.0
-        context = reviser_context(rollout, phrase_ids(reward), stop_ids, layout.keep_first_eos)
         response, prompt = rollout.response_ids, rollout.prompt_ids
-        overlong = (
-            len(context) + len(response) > rev_limit or len(prompt) + len(response) > gen_limit or len(response) > width
-        )
+        before = {"gen": prompt, "rev": context(rollout, reward), "opposite": ()}
+        if opposite:
+            before["opposite"] = context(rollout, 1.0 - reward)
+        overlong = len(response) > width or any(len(before[s]) + len(response) > limits[s] for s in limits)
         counts["overlong"] += overlong
         counts["no_verdict"] += rollout.verdict.reward is None
         trained = is_trained(rollout, layout.sample_mask)
         counts["masked"] += not trained and rollout.verdict.reward is not None
         if overlong or not trained:
-            gen_rows.append(prompt[:1])
-            rev_rows.append(prompt[:1])
+            for side in limits:
+                rows[side].append(prompt[:1])
             continue
-        gen_rows.append((*prompt, *response))
-        rev_rows.append((*context, *response))
         count = len(response)
-        batch["gen_index"][row, :count] = np.arange(len(prompt) - 1, len(prompt) - 1 + count)
-        batch["rev_index"][row, :count] = np.arange(len(context) - 1, len(context) - 1 + count)
+        for side in limits:
+            rows[side].append((*before[side], *response))
+            batch[f"{side}_index"][row, :count] = np.arange(len(before[side]) - 1, len(before[side]) - 1 + count)
         batch["target_ids"][row, :count] = response
         batch["mask"][row, :count] = 1.0
+        batch["ends"][row, count - 1] = rollout.finish_reason == "stop" and response[-1] in stop_ids
         batch["logprobs"][row, :count] = rollout.logprobs
         batch["reward"][row] = reward
-    batch |= _tokens_batch("gen_", gen_rows, gen_limit) | _tokens_batch("rev_", rev_rows, rev_limit)
-    _check_aligned(batch)
+    for side, limit in limits.items():
+        batch |= _tokens_batch(f"{side}_", rows[side], limit)
+    _check_aligned(batch, limits)
     return batch, counts
 
 
-def _check_aligned(batch: Batch) -> None:
+def _check_aligned(batch: Batch, sides: Iterable[str]) -> None:
     """Student and teacher must be asked for the same token everywhere, the end token included."""
     valid = batch["mask"] > 0
-    for side in ("gen", "rev"):
+    for side in sides:
         following = np.take_along_axis(
             batch[f"{side}_tokens"], np.minimum(batch[f"{side}_index"] + 1, batch[f"{side}_tokens"].shape[1] - 1), 1
         )

@@ -13,9 +13,16 @@ from sdzero_jax import signals
 from sdzero_jax.batches import strip_end
 from sdzero_jax.chunks import ChunkLog
 from sdzero_jax.errors import Stopped
-from sdzero_jax.examples import Question, RevisionTrace, kept
+from sdzero_jax.examples import Question, RevisionTrace, Rollout, kept
 from sdzero_jax.progress import Progress
-from sdzero_jax.rollouts import Domain, SamplingConfig, sample_and_revise
+from sdzero_jax.rollouts import (
+    Domain,
+    SamplingConfig,
+    rollouts_from_json,
+    rollouts_to_json,
+    sample_and_revise,
+    sample_responses,
+)
 from sdzero_jax.sampler import Sampler
 
 
@@ -92,6 +99,37 @@ def _collect_chunk(config: CollectConfig, domain: Domain, sampler, params, quest
         "attempt_tokens": sum(len(attempt.response_ids) for attempt in attempts),
     }
     return traces, counts
+
+
+def sample(
+    path: pathlib.Path,
+    config: SamplingConfig,
+    domain: Domain,
+    sampler: Sampler,
+    params: Any,
+    questions: Sequence[Question],
+    *,
+    n: int,
+    chunk: int,
+    seed: int,
+) -> tuple[list[Rollout], dict[str, float]]:
+    """Writes n graded responses per question to `path`; returns them and their counts. Goes on like `collect`."""
+    log = ChunkLog(path)
+    starts = range(0, len(questions), chunk)
+    with Progress("sample", len(questions), min(log.done * chunk, len(questions)), "q") as bar:
+        for number in range(log.done, len(starts)):
+            if signum := signals.requested():
+                raise Stopped(signum, f"sample: {number} of {len(starts)} chunks are written")
+            part = questions[starts[number] : starts[number] + chunk]
+            fresh = sample_responses(
+                domain, sampler, params, part, config, label=f"sample/{number:06d}", seed=seed, n=n
+            )
+            log.append(rollouts_to_json(fresh), {"questions": len(part)})
+            right = [record["verdict"]["reward"] or 0.0 for record in log.records]
+            bar.update(len(part), {"accuracy": sum(right) / len(right)})
+    rollouts = rollouts_from_json(log.records)
+    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+    return rollouts, {"questions": len(questions), "generations": len(rollouts), "sampled_tokens": tokens}
 
 
 def collection_summary(traces: Sequence[RevisionTrace], closings: Sequence[Mapping[str, Any]]) -> dict[str, float]:

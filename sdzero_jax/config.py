@@ -7,7 +7,7 @@ it owns. Leaves out parsing and help (`settings`).
 import dataclasses
 import importlib.util
 import pathlib
-from typing import Annotated
+from typing import Annotated, Literal
 
 from sdzero_jax import settings
 from sdzero_jax.batches import DistillLayout
@@ -17,15 +17,16 @@ from sdzero_jax.errors import UserError, nearest
 from sdzero_jax.evaluate import EvaluateConfig
 from sdzero_jax.health import HealthConfig
 from sdzero_jax.losses import get_divergence
-from sdzero_jax.methods import SrtData
+from sdzero_jax.methods import SrtData, find_method
 from sdzero_jax.models import DecoderConfig
-from sdzero_jax.objectives import CrossEntropy, SelfDistillation
+from sdzero_jax.objectives import CrossEntropy, PolicyGradient, SelfDistillation
 from sdzero_jax.optimizer import OptimizerConfig
 from sdzero_jax.problems import ProblemsConfig
 from sdzero_jax.prompts import PHRASES
 from sdzero_jax.rollouts import SamplingConfig
 from sdzero_jax.sampler import SamplerConfig
 from sdzero_jax.sharding import MeshConfig
+from sdzero_jax.sources import AdvantageConfig, ReplayConfig
 from sdzero_jax.tasks import TaskConfig
 from sdzero_jax.teacher import TeacherConfig
 
@@ -62,22 +63,45 @@ class SrtConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
-    """Phase 2: on-policy self-distillation."""
+    """On-policy training; by default phase 2, self-distillation from the reviser."""
 
+    method: Annotated[str, "a name of sdzero_jax.methods.METHODS"] = "sdzero"
+    weights: Annotated[tuple[float, ...], "weights of the method's terms in place of its own"] = ()
     questions: Annotated[int, "training questions"] = 1024
     passes: Annotated[int, "rollouts per question and round, one at a time"] = 2
     rounds: Annotated[int, "rounds; the teacher becomes the student between two of them"] = 1
     round_scale: Annotated[float, "factor on the learning rate from one round to the next"] = 0.5
-    batch_size: Annotated[int, "rollouts per step"] = 16
+    batch_size: Annotated[int, "questions per step"] = 16
+    samples: Annotated[int, "responses per question of a step"] = 1
+    updates: Annotated[int, "steps with the same responses"] = 1
+    microbatches: Annotated[int, "parts that a batch is cut into, to save memory; the result is the same"] = 1
+    budget: Annotated[int, "sampled tokens after which training ends; 0: passes over the questions decide"] = 0
+    expected_tokens: Annotated[float, "mean response length, from which a budget plans its number of steps"] = 0.0
     prefetch: Annotated[bool, "sample a batch while the one before is trained on, from parameters one step old"] = False
     validate_every: Annotated[int, "steps between accuracy checks on validation questions; 0 is never"] = 32
     validation_questions: Annotated[int, "validation questions of such a check"] = 128
     sampling: SamplingConfig = SamplingConfig()
     layout: DistillLayout = DistillLayout()
     objective: SelfDistillation = SelfDistillation()
+    policy: PolicyGradient = PolicyGradient()
+    cross_entropy: Annotated[CrossEntropy, "of replayed revisions, and of SFT and RFT"] = CrossEntropy()
+    advantage: AdvantageConfig = AdvantageConfig()
+    replay: ReplayConfig = ReplayConfig()
     teacher: TeacherConfig = TeacherConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig(every=32)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(DistillConfig):
+    """Any method alone, from any of the pipeline's models: the stage `train`."""
+
+    method: Annotated[str, "a name of sdzero_jax.methods.METHODS"] = "grpo"
+    start: Annotated[Literal["base", "srt", "distill"], "stage whose model is trained"] = "base"
+    samples: Annotated[int, "responses per question; of RFT, over its whole sampling"] = 4
+    epochs: Annotated[int, "SFT and RFT: passes over the sequences"] = 4
+    max_length: Annotated[int, "SFT and RFT: longest question with response; longer ones are dropped"] = 256
+    chunk: Annotated[int, "RFT: questions sampled between two writes"] = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +129,7 @@ class Config:
     collect: CollectConfig = CollectConfig()
     srt: SrtConfig = SrtConfig()
     distill: DistillConfig = DistillConfig()
+    train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     localisation: LocalisationConfig = LocalisationConfig()
     health: HealthConfig = HealthConfig()
@@ -118,10 +143,13 @@ def validate(config: Config) -> None:
         "base.questions": config.base.questions,
         "srt.epochs": config.srt.epochs,
         "srt.batch_size": config.srt.batch_size,
-        "distill.questions": config.distill.questions,
-        "distill.passes": config.distill.passes,
-        "distill.rounds": config.distill.rounds,
-        "distill.batch_size": config.distill.batch_size,
+        **{
+            f"{stage}.{name}": getattr(getattr(config, stage), name)
+            for stage in ("distill", "train")
+            for name in ("questions", "passes", "rounds", "batch_size", "samples", "updates", "microbatches")
+        },
+        "train.epochs": config.train.epochs,
+        "train.chunk": config.train.chunk,
         "collect.questions": config.collect.questions,
         "collect.responses": config.collect.responses,
         "collect.revisions": config.collect.revisions,
@@ -136,7 +164,7 @@ def validate(config: Config) -> None:
         "health.questions": config.health.questions,
         **{
             f"{stage}.checkpoint.{name}": getattr(getattr(config, stage).checkpoint, name)
-            for stage in ("base", "srt", "distill")
+            for stage in ("base", "srt", "distill", "train")
             for name in ("every", "keep_latest")
         },
     }
@@ -151,19 +179,36 @@ def validate(config: Config) -> None:
         raise UserError(f"problems.validation_share is {config.problems.validation_share}; wanted between 0 and 1")
     if config.phrases not in PHRASES:
         raise UserError(f"unknown phrases={config.phrases!r}{nearest(config.phrases, PHRASES)}")
-    if config.distill.sampling.max_new_tokens > config.distill.layout.max_response:
+    _validate_on_policy("distill", config.distill)
+    _validate_on_policy("train", config.train)
+    if not find_method(config.distill.method).on_policy:
+        raise UserError(f"distill.method={config.distill.method} samples nothing on-policy; set train.method instead")
+
+
+def _validate_on_policy(path: str, config: DistillConfig) -> None:
+    method = find_method(config.method, config.weights)
+    if config.sampling.max_new_tokens > config.layout.max_response and method.on_policy:
         raise UserError(
-            f"distill.sampling.max_new_tokens={config.distill.sampling.max_new_tokens} exceeds "
-            f"distill.layout.max_response={config.distill.layout.max_response}; raise the latter"
+            f"{path}.sampling.max_new_tokens={config.sampling.max_new_tokens} exceeds "
+            f"{path}.layout.max_response={config.layout.max_response}; raise the latter"
         )
-    objective = config.distill.objective
+    objective = config.objective
     if objective.importance_cap and objective.temperature != 1.0:
         raise UserError(
-            f"distill.objective.importance_cap={objective.importance_cap} compares log-probs at temperature 1, "
-            f"but distill.objective.temperature={objective.temperature}; set one of them back"
+            f"{path}.objective.importance_cap={objective.importance_cap} compares log-probs at temperature 1, "
+            f"but {path}.objective.temperature={objective.temperature}; set one of them back"
         )
-    config.distill.teacher.validate()
-    get_divergence(config.distill.objective.divergence)
+    if config.batch_size * config.samples % config.microbatches:
+        raise UserError(
+            f"{path}.microbatches={config.microbatches} does not divide {path}.batch_size x {path}.samples = "
+            f"{config.batch_size * config.samples}"
+        )
+    if config.budget and config.expected_tokens <= 0:
+        raise UserError(f"{path}.budget={config.budget} needs {path}.expected_tokens > 0, to plan the number of steps")
+    config.teacher.validate()
+    if config.teacher.schedule == "sync_on_plateau" and not config.validate_every:
+        raise UserError(f"{path}.teacher.schedule=sync_on_plateau needs {path}.validate_every >= 1")
+    get_divergence(objective.divergence)
 
 
 def load_config(path: str) -> Config:

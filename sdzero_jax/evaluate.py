@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from sdzero_jax.chunks import ChunkLog
 from sdzero_jax.errors import Stopped
 from sdzero_jax.examples import Question, Rollout, Verdict
 from sdzero_jax.progress import Progress
+from sdzero_jax.prompts import revision_words
 from sdzero_jax.rollouts import Domain, SamplingConfig, sample_and_revise, sample_responses, sample_revisions
 from sdzero_jax.sampler import Sampler
 
@@ -27,7 +28,8 @@ from sdzero_jax.sampler import Sampler
 class EvaluateConfig:
     """What is evaluated, and how."""
 
-    questions: Annotated[int, "test questions"] = 512
+    questions: Annotated[int, "questions asked"] = 512
+    split: Annotated[Literal["test", "validation"], "of which questions; tuning must not see the test"] = "test"
     k: Annotated[int, "first attempts per question, for avg@k and pass@k"] = 4
     chunk: Annotated[int, "questions sampled between two writes"] = 128
     sampling: Annotated[SamplingConfig, "how attempts and revisions are drawn"] = SamplingConfig()
@@ -84,6 +86,7 @@ def _evaluate_chunk(config, domain: Domain, sampler, params, questions, base, nu
             "gold": list(attempt.question.gold),
             "sample_index": attempt.sample_index,
             **_response(domain, attempt, ""),
+            **_stated(domain, attempt),
             **_response(domain, own[0] if own else None, "revised_"),
         }
         if theirs:
@@ -116,6 +119,13 @@ def _response(domain: Domain, rollout: Rollout | None, prefix: str) -> dict[str,
     }
 
 
+def _stated(domain: Domain, rollout: Rollout) -> dict[str, Any]:
+    """The answer of a first attempt, for the majority vote, where a domain has answers."""
+    if domain.stated is None:
+        return {}
+    return {"answer": domain.stated(rollout.question, domain.tokenizer.decode(rollout.response_ids))}
+
+
 def _as_rollout(record: Mapping[str, Any], domain: Domain, question: Question) -> Rollout:
     """A recorded attempt as a rollout, to be revised by another model."""
     return Rollout(
@@ -142,8 +152,10 @@ def evaluation_metrics(records: Sequence[Mapping[str, Any]], k: int) -> dict[str
         f"avg@{k}": _mean(averages),
         f"avg@{k}_interval": list(statistics.bootstrap_interval(averages, seed=0)) if len(averages) else None,
         f"pass@{k}": _mean(solved),
+        f"maj@{k}": _majority(graded),
         "greedy": _mean([r["greedy_reward"] for r in records if r.get("greedy_reward") is not None]),
         "mean_tokens": _mean([r["tokens"] for r in records]),
+        "revision_words": _mean([revision_words(r["response"]) for r in records]),
         "truncated": _mean([r["finish"] == "length" for r in records]),
         "revised_accuracy": _mean(own_right + own_wrong),
         "revised_tokens": _mean([r["revised_tokens"] for r in records if "revised_tokens" in r]),
@@ -155,6 +167,21 @@ def evaluation_metrics(records: Sequence[Mapping[str, Any]], k: int) -> dict[str
     if not base_right and not base_wrong:  # the base model itself
         base_right, base_wrong = own_right, own_wrong
     return metrics | {"fix": _mean(base_wrong), "keep": _mean(base_right)}
+
+
+def _majority(graded: Sequence[Mapping[str, Any]]) -> float | None:
+    """Share of questions whose most frequent answer is right; None where answers are not recorded."""
+    if not graded or "answer" not in graded[0]:
+        return None
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for record in graded:
+        rows.setdefault(record["question_id"], []).append(record)
+    width = max(map(len, rows.values()))
+    answers = [[r["answer"] for r in own] for own in rows.values()]
+    rewards = np.full((len(rows), width), np.nan)
+    for row, own in enumerate(rows.values()):
+        rewards[row, : len(own)] = [r["reward"] for r in own]
+    return statistics.majority_at_k(answers, rewards)
 
 
 def _split(records, first: str, second: str) -> tuple[list[float], list[float]]:

@@ -91,10 +91,14 @@ class RevisionTrace:
         return cls(**fields)
 
 
-def kept(traces: Sequence[RevisionTrace]) -> list[RevisionTrace]:
-    """D_rev: revisions that are right and ended by themselves, each (x, y_init, y_rev) once."""
+def kept(traces: Sequence[RevisionTrace], only_right: bool = True) -> list[RevisionTrace]:
+    """D_rev: revisions that are right and ended by themselves, each (x, y_init, y_rev) once.
+
+    Without `only_right` wrong revisions stay too (an ablation); those without a verdict never do.
+    """
     unique: dict[tuple, RevisionTrace] = {}
+    wanted = (1.0,) if only_right else (0.0, 1.0)
     for trace in traces:
-        if trace.revised_verdict.reward == 1.0 and trace.revised_finish == "stop":
+        if trace.revised_verdict.reward in wanted and trace.revised_finish == "stop":
             unique.setdefault((trace.prompt_ids, trace.init_ids, trace.revised_ids), trace)
     return list(unique.values())

@@ -1,29 +1,22 @@
-"""Methods as data: which sequences are trained on, with which weights, in which order.
+"""Methods as data: each is a list of terms (weight, batch, objective) over what a source hands out.
 
-A stage is a `BatchSource` (records -> batches, resumable) and an objective. Base training,
-SRT and its two-stage form share cross-entropy; SD-Zero and phase 2 alone share
-self-distillation and differ in the reviser they start from.
+SRT and its other forms, SFT and RFT are cross-entropy on sequences; SD-Zero, phase 2 alone and SDFT are
+self-distillation and differ in what the teacher reads; GRPO and REINFORCE are policy gradients and differ
+in the baseline. Where batches come from is in `sources`, what an objective computes in `objectives`.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
-import grain
 import numpy as np
 
-from sdzero_jax.batches import (
-    DistillLayout,
-    ScoredSequence,
-    SrtTargets,
-    distill_batch,
-    revision_sequence,
-    sequence_batch,
-)
-from sdzero_jax.data import shuffled_batches
-from sdzero_jax.errors import UserError
-from sdzero_jax.examples import RevisionTrace, kept
-from sdzero_jax.rollouts import Domain, RolloutIterator
+from sdzero_jax import objectives
+from sdzero_jax.batches import ScoredSequence, SrtTargets, response_sequence, revision_sequence
+from sdzero_jax.errors import UserError, nearest
+from sdzero_jax.examples import RevisionTrace, Rollout, kept
+from sdzero_jax.objectives import CrossEntropy, PolicyGradient, SelfDistillation, Term
+from sdzero_jax.sources import Baseline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +24,13 @@ class SrtData:
     """Which traces self-revision training reads, and which terms of its loss."""
 
     mode: Annotated[
-        Literal["joint", "two_stage"],
+        Literal["joint", "two_stage", "compact", "generation", "revision"],
         "joint: L_revision + L_generation in one pass (paper); two_stage: generation loss on traces "
-        "with a wrong y_init, then revision loss (authors' code)",
+        "with a wrong y_init, then revision loss (authors' code); compact: revision loss, and every right "
+        "response as an answer of its own; generation, revision: one of the two terms (ablations)",
     ] = "joint"
     balance: Annotated[bool, "repeat the rarer of (wrong -> right, right -> right) to equal shares"] = True
+    only_right: Annotated[bool, "train on right revisions only; false keeps all (an ablation)"] = True
     held_out: Annotated[float, "share of the traces kept for the held-out loss"] = 0.05
     max_length: Annotated[int, "longest trace in tokens; longer ones are dropped and counted"] = 256
 
@@ -47,10 +42,14 @@ class SrtStage:
     name: str
     targets: SrtTargets
     traces: Literal["all", "wrong"]
+    answers: bool = False  # also x -> y for every distinct right response of the traces
 
 
 SRT_STAGES: dict[str, tuple[SrtStage, ...]] = {
     "joint": (SrtStage("joint", SrtTargets(1.0, 1.0), "all"),),
+    "compact": (SrtStage("compact", SrtTargets(0.0, 1.0), "all", answers=True),),
+    "generation": (SrtStage("generation", SrtTargets(1.0, 0.0), "all"),),
+    "revision": (SrtStage("revision", SrtTargets(0.0, 1.0), "all"),),
     "two_stage": (
         SrtStage("generation", SrtTargets(1.0, 0.0), "wrong"),
         SrtStage("revision", SrtTargets(0.0, 1.0), "all"),
@@ -59,14 +58,15 @@ SRT_STAGES: dict[str, tuple[SrtStage, ...]] = {
 
 
 def srt_sequences(
-    traces: Sequence[RevisionTrace], stage: SrtStage, data: SrtData
+    traces: Sequence[RevisionTrace], stage: SrtStage, data: SrtData, end_id: int
 ) -> tuple[list[ScoredSequence], list[ScoredSequence], dict[str, int]]:
     """(training sequences, held-out sequences, counts) of one SRT stage.
 
-    Held-out traces are a fixed share of the questions; balancing repeats training traces only.
+    Held-out traces are a fixed share; balancing repeats training traces only. `end_id` ends first attempts,
+    which are recorded without their end token, where a stage trains on them as answers.
     Raises UserError when nothing is left to train on.
     """
-    usable = [t for t in kept(traces) if stage.traces == "all" or t.init_verdict.reward == 0.0]
+    usable = [t for t in kept(traces, data.only_right) if stage.traces == "all" or t.init_verdict.reward == 0.0]
     fitting = [t for t in usable if trace_length(t) <= data.max_length]
     order = np.random.default_rng(0).permutation(len(fitting))
     held = set(order[: round(data.held_out * len(fitting))].tolist())
@@ -80,7 +80,23 @@ def srt_sequences(
     if data.balance:
         training = balanced(training)
     to_sequences = lambda items: [revision_sequence(trace, stage.targets) for trace in items]  # noqa: E731
-    return to_sequences(training), to_sequences([fitting[i] for i in sorted(held)]), counts
+    sequences = to_sequences(training)
+    if stage.answers:
+        answers = right_answers([trace for i, trace in enumerate(fitting) if i not in held], end_id)
+        counts["answers"] = len(answers)
+        sequences += answers
+    return sequences, to_sequences([fitting[i] for i in sorted(held)]), counts
+
+
+def right_answers(traces: Sequence[RevisionTrace], end_id: int) -> list[ScoredSequence]:
+    """x | y EOS of every distinct right response in the traces, first attempts and revisions."""
+    pairs: dict[tuple, None] = {}
+    for trace in traces:
+        if trace.init_verdict.reward == 1.0:
+            pairs[trace.prompt_ids, (*trace.init_ids, end_id)] = None
+        if trace.revised_verdict.reward == 1.0 and trace.revised_finish == "stop":
+            pairs[trace.prompt_ids, trace.revised_ids] = None
+    return [response_sequence(prompt, response) for prompt, response in pairs]
 
 
 def balanced(traces: Sequence[RevisionTrace]) -> list[RevisionTrace]:
@@ -99,63 +115,87 @@ def trace_length(trace: RevisionTrace) -> int:
     return sum(map(len, (trace.prompt_ids, trace.init_ids, trace.phrase_ids, trace.revised_ids)))
 
 
-class SequenceSource:
-    """Shuffled batches of scored sequences, padded to one length. Ignores the parameters."""
-
-    def __init__(self, sequences: Sequence[ScoredSequence], batch_size: int, length: int, seed: int):
-        self._batches: grain.DatasetIterator = shuffled_batches(sequences, batch_size, seed)
-        self._length = length
-
-    def next(self, params: Any):
-        return sequence_batch(next(self._batches), self._length), {}
-
-    def get_state(self) -> dict[str, Any]:
-        return {"sequences": self._batches.get_state()}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._batches.set_state(state["sequences"])
+def right_sequences(rollouts: Sequence[Rollout], max_length: int) -> list[ScoredSequence]:
+    """x | y EOS of every distinct right, finished response (rejection sampling fine-tuning, RFT)."""
+    pairs = {
+        (rollout.prompt_ids, rollout.response_ids): None
+        for rollout in rollouts
+        if rollout.verdict.reward == 1.0 and rollout.finish_reason == "stop"
+    }
+    sequences = [response_sequence(prompt, response) for prompt, response in pairs]
+    return [sequence for sequence in sequences if len(sequence.tokens) <= max_length]
 
 
-class CorpusSource:
-    """Batches of an embedded task's corpus: a pure function of the step."""
+# -------------------------------------------------------------------------------- methods of one loop
 
-    def __init__(self, corpus_batch: Callable[[int], dict[str, np.ndarray]]):
-        self._corpus_batch, self._step = corpus_batch, 0
-
-    def next(self, params: Any):
-        batch = self._corpus_batch(self._step)
-        self._step += 1
-        return batch, {}
-
-    def get_state(self) -> dict[str, Any]:
-        return {"step": self._step}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._step = state["step"]
+Context = Literal["revision", "demonstration", "answer"]
 
 
-class DistillSource:
-    """On-policy rollouts as distillation batches, with reward, length and counts as figures."""
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method by its terms: (weight, batch, objective), and what its source has to hand out.
 
-    def __init__(self, rollouts: RolloutIterator, domain: Domain, layout: DistillLayout):
-        self._rollouts, self._domain, self._layout = rollouts, domain, layout
+    sequences: what cross-entropy reads when nothing is sampled on-policy; context: what the teacher reads
+    before y; baseline: of the policy gradient.
+    """
 
-    def next(self, params: Any):
-        rollouts = self._rollouts.next(params)
-        batch, counts = distill_batch(rollouts, self._domain.phrase_ids, self._domain.tokenizer.stop_ids, self._layout)
-        rewards = [r.verdict.reward for r in rollouts if r.verdict.reward is not None]
-        lengths = [len(r.response_ids) for r in rollouts]
-        figures = {
-            "reward": float(np.mean(rewards)) if rewards else 0.0,
-            "mean_tokens": float(np.mean(lengths)),
-            "truncated": float(np.mean([r.finish_reason == "length" for r in rollouts])),
-            "sampled_tokens": float(np.sum(lengths)),
-            **{name: float(value) for name, value in counts.items()},
-        }
-        return batch, figures
+    text: str
+    terms: tuple[tuple[float, str, str], ...]
+    sequences: Literal["", "demonstrations", "right_samples"] = ""
+    context: Context = "revision"
+    baseline: Baseline = "group"
 
-    def get_state(self) -> dict[str, Any]:
-        return self._rollouts.get_state()
+    @property
+    def on_policy(self) -> bool:
+        return not self.sequences
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._rollouts.set_state(state)
+    def uses(self, name: str) -> bool:
+        """Whether a term reads this batch or has this objective."""
+        return any(name in (batch, objective) for _, batch, objective in self.terms)
+
+
+_SELF = (1.0, "rollouts", "self_distillation")
+_POLICY = (1.0, "rollouts", "policy_gradient")
+_SEQUENCES = (1.0, "sequences", "cross_entropy")
+_REPLAY = (0.3, "replay", "cross_entropy")
+
+METHODS: dict[str, Method] = {
+    "sft": Method("supervised fine-tuning on demonstrations", (_SEQUENCES,), sequences="demonstrations"),
+    "rft": Method("rejection sampling fine-tuning: right samples", (_SEQUENCES,), sequences="right_samples"),
+    "sdzero": Method("the reviser's distributions on the student's samples (SD-Zero, phase 2)", (_SELF,)),
+    "sdft": Method("the same with a demonstration as the teacher's context", (_SELF,), context="demonstration"),
+    "sdft_answer": Method("the same with the final answer as the teacher's context", (_SELF,), context="answer"),
+    "grpo": Method("clipped policy gradient, the group of a question's samples as baseline", (_POLICY,)),
+    "reinforce": Method("policy gradient, a moving mean reward as baseline", (_POLICY,), baseline="batch"),
+    "sdzero_replay": Method("SD-Zero with hindsight replay of revisions", (_SELF, _REPLAY)),
+    "sdzero_hybrid": Method(
+        "SD-Zero, hindsight replay and a policy gradient",
+        ((0.3, *_SELF[1:]), _REPLAY, _POLICY),
+        baseline="batch",
+    ),
+}
+
+
+def find_method(name: str, weights: Sequence[float] = ()) -> Method:
+    """The method of this name, its terms' weights replaced by `weights` where they are given."""
+    if name not in METHODS:
+        raise UserError(f"unknown method {name!r}{nearest(name, METHODS)}")
+    method = METHODS[name]
+    if not weights:
+        return method
+    if len(weights) != len(method.terms):
+        raise UserError(f"method {name} has {len(method.terms)} terms, but {len(weights)} weights are given")
+    terms = tuple((float(weight), *term[1:]) for weight, term in zip(weights, method.terms))
+    return dataclasses.replace(method, terms=terms)
+
+
+def loss_terms(
+    method: Method, distillation: SelfDistillation, policy: PolicyGradient, cross_entropy: CrossEntropy
+) -> tuple[Term, ...]:
+    """The method's terms with the settings of their objectives, for `objectives.combined`."""
+    known = {
+        "self_distillation": (objectives.self_distillation, distillation),
+        "policy_gradient": (objectives.policy_gradient, policy),
+        "cross_entropy": (objectives.cross_entropy, cross_entropy),
+    }
+    return tuple(Term(weight, batch, *known[objective]) for weight, batch, objective in method.terms)

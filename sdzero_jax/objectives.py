@@ -1,4 +1,4 @@
-"""The three objectives: batch -> loss. Every method is one of them with its own batches.
+"""The three objectives: batch -> loss. Every method is a weighted sum of them over its own batches.
 
 An objective is a pure function of parameters and a batch; it masks and reduces once, through
 `masked.token_weights`. `stop_gradient` on the teacher stands here, at the reviser call, and
@@ -6,7 +6,8 @@ nowhere else. Metrics come back as (sum, count) pairs, so that batches and hosts
 """
 
 import dataclasses
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,18 @@ class SelfDistillation:
     length_mode: Annotated[masked.LengthMode, "how token losses are averaged"] = "token_mean"
     token_clip: Annotated[float, "largest divergence of a token, gradient direction kept; 0 is off"] = 0.0
     importance_cap: Annotated[float, "cap of the importance weight S / S_rollout; 0 is off"] = 0.0
+    mask_end: Annotated[bool, "leave the end token out of the loss"] = False
+    guidance: Annotated[float, "beta: the teacher is pushed away from itself under the opposite phrase"] = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyGradient:
+    """Clipped policy gradient on the sampled tokens, in DAPO's form (GRPO, REINFORCE)."""
+
+    clip_low: Annotated[float, "the ratio to the rollout's probability is clipped at 1 - this"] = 0.2
+    clip_high: Annotated[float, "and at 1 + this"] = 0.28
+    length_mode: Annotated[masked.LengthMode, "how token losses are averaged"] = "token_mean"
+    kl_weight: Annotated[float, "weight of the k3 estimate of KL(S, reference); 0 is off"] = 0.0
 
 
 def response_hidden(model: LanguageModel, params, batch, prefix: str, index: str) -> jax.Array:
@@ -57,12 +70,12 @@ def cross_entropy(config: CrossEntropy, model: LanguageModel, params, teacher, b
     """
     del teacher
     hidden = response_hidden(model, params, batch, "", "index")  # [B, R, D]
-    mask = batch["weights"]
+    mask = token_mask(config, batch)
     loss, per_token = ops.linear_logprob_loss(
         _flat(hidden),
         model.unembedding(params),
         batch["target_ids"].reshape(-1),
-        masked.token_weights(mask, config.length_mode).reshape(-1),
+        masked.token_weights(mask, config.length_mode, batch.get("denominator")).reshape(-1),
     )
     logp = per_token.logp_student.reshape(mask.shape)
     scored = (mask > 0).astype(jnp.float32)
@@ -79,8 +92,8 @@ def self_distillation(config: SelfDistillation, model: LanguageModel, params, te
     """
     student_hidden = response_hidden(model, params, batch, "gen_", "gen_index")  # [B, R, D]
     teacher = jax.lax.stop_gradient(teacher)
-    teacher_hidden = response_hidden(model, teacher, batch, "rev_", "rev_index")  # [B, R, D]
-    mask = batch["mask"]
+    teacher_hidden = guided_hidden(config, model, teacher, batch)
+    mask = token_mask(config, batch)
     loss, per_token = ops.linear_divergence_loss(
         _flat(student_hidden),
         model.unembedding(params),
@@ -89,12 +102,101 @@ def self_distillation(config: SelfDistillation, model: LanguageModel, params, te
         ids=batch["target_ids"].reshape(-1),
         divergence=config.divergence,
         temperature=config.temperature,
-        token_weights=masked.token_weights(mask, config.length_mode).reshape(-1),
+        token_weights=masked.token_weights(mask, config.length_mode, batch.get("denominator")).reshape(-1),
         token_transform=_token_transform(config),
         token_inputs=(batch["logprobs"].reshape(-1),),
     )
     per_token = jax.tree.map(lambda leaf: leaf.reshape(mask.shape), per_token)
     return loss, distillation_metrics(config, per_token, batch)
+
+
+def guided_hidden(config: SelfDistillation, model: LanguageModel, teacher, batch) -> jax.Array:
+    """The teacher's hidden states [B, R, D], guided by its contrast with the opposite phrase (beta > 0).
+
+    l1 = ln T(.|x, y, P_r, y_<t) and l0, the same under the opposite phrase, give the target
+    softmax(l1 + beta (l1 - l0)): what both share, such as copying y, is not amplified. Logits are linear in
+    the hidden states and both sides read one unembedding, so (1 + beta) h1 - beta h0 is the same target,
+    and costs no further product with the vocabulary.
+    """
+    hidden = response_hidden(model, teacher, batch, "rev_", "rev_index")
+    if not config.guidance:
+        return hidden
+    opposite = response_hidden(model, teacher, batch, "opposite_", "opposite_index")
+    beta = config.guidance
+    return ((1.0 + beta) * hidden.astype(jnp.float32) - beta * opposite.astype(jnp.float32)).astype(hidden.dtype)
+
+
+def policy_gradient(config: PolicyGradient, model: LanguageModel, params, teacher, batch):
+    """sum_t w_t (-min(r_t A, clip(r_t) A)) over sampled responses; `teacher`, if any, is the reference of the KL.
+
+    Returns: (loss, metrics).
+    """
+    mask, advantage = token_mask(config, batch), batch["advantage"][:, None]
+    weights = masked.token_weights(mask, config.length_mode, batch.get("denominator"))
+    logp = _response_logprob(model, params, batch)  # [B, R]
+    rollout = batch["logprobs"]
+    loss = masked.masked_sum(
+        losses.clipped_policy_gradient(logp, rollout, advantage, config.clip_low, config.clip_high), weights
+    )
+    tokens = jnp.sum(mask)
+    ratio = jnp.exp(jnp.where(mask > 0, logp - rollout, 0.0))
+    clipped = ((ratio < 1.0 - config.clip_low) & (advantage < 0)) | ((ratio > 1.0 + config.clip_high) & (advantage > 0))
+    metrics = {
+        "policy_loss": (loss, jnp.float32(1.0)),
+        "clipped": (masked.masked_sum(clipped.astype(jnp.float32), mask), tokens),
+        "rollout_nll": (masked.masked_sum(-rollout, mask), tokens),
+    }
+    if config.kl_weight:
+        reference = _response_logprob(model, jax.lax.stop_gradient(teacher), batch)
+        gap = reference - logp
+        estimate = jnp.expm1(gap) - gap  # k3 (Schulman): non-negative, unbiased for KL(S, reference)
+        loss = loss + config.kl_weight * masked.masked_sum(estimate, weights)
+        metrics["reference_k3"] = (masked.masked_sum(estimate, mask), tokens)
+    return loss, metrics
+
+
+def _response_logprob(model: LanguageModel, params, batch) -> jax.Array:
+    """ln S(y_t) [B, R] of the response tokens."""
+    hidden = response_hidden(model, params, batch, "gen_", "gen_index")
+    logp = ops.linear_logprob(_flat(hidden), model.unembedding(params), batch["target_ids"].reshape(-1))
+    return logp.reshape(batch["mask"].shape)
+
+
+class Term(NamedTuple):
+    """One term of a method's loss: weight * objective(config, model, params, teacher, batches[batch])."""
+
+    weight: float
+    batch: str
+    objective: Callable[..., tuple[jax.Array, Metrics]]
+    config: Any
+
+
+def combined(terms: Sequence[Term], model: LanguageModel, params, teacher, batches):
+    """The weighted sum of a method's terms over named batches: (loss, metrics).
+
+    `batches["denominators"]`, where it is there, holds those of `denominators` over all micro-batches.
+    Of two terms with the same objective the later one's metrics are shown.
+    """
+    total, metrics = jnp.float32(0.0), {}
+    shared = batches.get("denominators", (None,) * len(terms))
+    for term, denominator in zip(terms, shared, strict=True):
+        batch = batches[term.batch] | {"denominator": denominator}
+        loss, own = term.objective(term.config, model, params, teacher, batch)
+        total, metrics = total + term.weight * loss, metrics | own
+    return total, metrics
+
+
+def denominators(terms: Sequence[Term], batches) -> tuple[jax.Array, ...]:
+    """What each term's token weights are divided by, over the whole batch."""
+    masks = [token_mask(term.config, batches[term.batch]) for term in terms]
+    return tuple(masked.length_denominator(mask, term.config.length_mode) for mask, term in zip(masks, terms))
+
+
+def token_mask(config, batch) -> jax.Array:
+    """[B, R]: the tokens that an objective of this config counts, with their weights."""
+    if isinstance(config, CrossEntropy):
+        return batch["weights"]
+    return batch["mask"] * (1.0 - batch["ends"]) if getattr(config, "mask_end", False) else batch["mask"]
 
 
 def distillation_metrics(config: SelfDistillation, per_token: ops.PerToken, batch) -> Metrics:
@@ -103,7 +205,7 @@ def distillation_metrics(config: SelfDistillation, per_token: ops.PerToken, batc
     logprob_diff is |ln S in the train step - ln S in the sampler|: it must stay near 0. Both are
     only comparable at temperature 1, so another temperature leaves it out (count 0).
     """
-    mask = batch["mask"]
+    mask = token_mask(config, batch)
     tokens = jnp.sum(mask)
     log_ratio = per_token.logp_teacher - per_token.logp_student
     difference = jnp.where(mask > 0, jnp.abs(per_token.logp_student - batch["logprobs"]), 0.0)

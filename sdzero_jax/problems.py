@@ -28,6 +28,7 @@ from sdzero_jax.models.hub import resolve
 from sdzero_jax.progress import say
 from sdzero_jax.tasks import Task
 from sdzero_jax.tokenizer import HFTokenizer, Tokenizer
+from sdzero_jax.verifiers import extraction, normalise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,18 @@ class Problems(Protocol):
         """Index of the first wrong token of a response; None where nobody knows."""
         ...
 
+    def demonstration(self, question: Question) -> str | None:
+        """A right solution, without end token; None where there is none."""
+        ...
+
+    def answer(self, question: Question) -> str | None:
+        """The final answer alone, as a response would state it."""
+        ...
+
+    def stated(self, question: Question, response: str) -> str | None:
+        """The answer that a response states, for majority votes; None without one."""
+        ...
+
     def close(self) -> None:
         """Ends the processes that grade."""
         ...
@@ -91,6 +104,15 @@ class TaskProblems:
 
     def first_error(self, rollout: Rollout) -> int | None:
         return self._task.first_error(rollout.question, rollout.response_ids)
+
+    def demonstration(self, question: Question) -> str:
+        return self._task.demonstration(question)
+
+    def answer(self, question: Question) -> str:
+        return "#" + self._task.demonstration(question).rpartition("#")[2]
+
+    def stated(self, question: Question, response: str) -> str | None:
+        return response.rpartition("#")[2].partition("<")[0].strip() or None  # up to an end token or phrase
 
     def close(self) -> None:
         pass
@@ -132,6 +154,21 @@ class RealProblems:
 
     def first_error(self, rollout: Rollout) -> None:
         return None
+
+    def demonstration(self, question: Question) -> str | None:
+        return demonstration(question)
+
+    def answer(self, question: Question) -> str | None:
+        return f"The answer is \\boxed{{{question.gold[0]}}}." if question.kind == "math" and question.gold else None
+
+    def stated(self, question: Question, response: str) -> str | None:
+        """Of mathematics, the last box: its number, else its text; programs are not put to a vote."""
+        box = extraction.last_box(extraction.after_thinking(response)) if question.kind == "math" else None
+        if box is None:
+            return None
+        text = normalise.clean(box)
+        number = normalise.parse_number(text)
+        return text if number is None else str(number.value)
 
     def close(self) -> None:
         self._graders.close()

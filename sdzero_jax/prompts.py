@@ -7,6 +7,7 @@ Leaves out chat templates, which belong to the tokenizer.
 """
 
 import dataclasses
+import re
 
 from sdzero_jax.errors import UserError, nearest
 
@@ -37,6 +38,8 @@ PHRASES: dict[str, ControlPhrases] = {
     "olmo3": ControlPhrases("Let me rephrase the above solution.", "Wrong. I need to redo all."),
     # One token each in the embedded tasks, without delimiters.
     "embedded": ControlPhrases("<ok>", "<wrong>", delimiter=""),
+    # The same phrase whatever the reward: what does knowing it add? (an ablation)
+    "embedded_blind": ControlPhrases("<wrong>", "<wrong>", delimiter=""),
 }
 
 
@@ -45,6 +48,19 @@ def control_phrases(name: str) -> ControlPhrases:
     if name not in PHRASES:
         raise UserError(f"unknown control phrases {name!r}{nearest(name, PHRASES)}")
     return PHRASES[name]
+
+
+# Words by which a response revises itself in the open; the embedded tasks' phrase counts as one.
+_REVISING = re.compile(
+    r"\b(?:wait|however|actually|alternatively|mistake|incorrect|wrong|redo|start over|"
+    r"let me (?:re\w+|correct|double[- ]check)|double[- ]check)\b",
+    re.IGNORECASE,
+)
+
+
+def revision_words(text: str) -> int:
+    """How often a response revises itself explicitly: "wait", "however", "let me recheck", ..."""
+    return len(_REVISING.findall(text))
 
 
 MATH_INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."

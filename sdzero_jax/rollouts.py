@@ -58,6 +58,7 @@ class Domain:
     tokenizer: Tokenizer
     phrases: ControlPhrases
     verify: Verify
+    stated: Callable[[Question, str], str | None] | None = None  # the answer of a response, for majority votes
 
     def phrase_ids(self, reward: float) -> list[int]:
         """Ids of d P_r d as a piece of its own."""
@@ -252,6 +253,24 @@ class _Meter:
         self._bar.close()
 
 
+def rollouts_to_json(rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
+    """Rollouts as plain values, for the state of an iterator."""
+    return [dataclasses.asdict(rollout) for rollout in rollouts]
+
+
+def rollouts_from_json(records: Sequence[dict[str, Any]]) -> list[Rollout]:
+    """What `rollouts_to_json` wrote."""
+    return [
+        Rollout(
+            **record
+            | {"question": Question(**record["question"] | {"gold": tuple(record["question"]["gold"])})}
+            | {name: tuple(record[name]) for name in ("prompt_ids", "response_ids", "logprobs")}
+            | {"verdict": Verdict(**record["verdict"])}
+        )
+        for record in records
+    ]
+
+
 class RolloutIterator:
     """Rollouts, a batch of questions at a time; the parameters come with every call.
 
@@ -309,15 +328,7 @@ class RolloutIterator:
         if self._ahead is None:
             return {"questions": self._questions.get_state(), "drawn": self._drawn, "ahead": None}
         before, rollouts = self._ahead
-        ahead = [
-            {
-                "response_ids": r.response_ids,
-                "logprobs": r.logprobs,
-                "finish_reason": r.finish_reason,
-                "verdict": dataclasses.asdict(r.verdict),
-            }
-            for r in rollouts.result()
-        ]
+        ahead = rollouts_to_json(rollouts.result())
         return {"questions": before, "drawn": self._drawn - 1, "ahead": ahead}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -327,20 +338,7 @@ class RolloutIterator:
         if state.get("ahead") is None:
             return
         before = self._questions.get_state()
-        questions, _ = self._draw()
-        rollouts = [
-            Rollout(
-                question=question,
-                prompt_ids=tuple(self._domain.tokenizer.encode_prompt(question.prompt)),
-                response_ids=tuple(record["response_ids"]),
-                logprobs=tuple(record["logprobs"]),
-                finish_reason=record["finish_reason"],
-                verdict=Verdict(**record["verdict"]),
-                sample_index=index,
-            )
-            for (question, index), record in zip(
-                [(question, index) for question in questions for index in range(self._n)], state["ahead"]
-            )
-        ]
+        self._draw()
+        rollouts = rollouts_from_json(state["ahead"])
         self._ahead = before, concurrent.futures.Future()
         self._ahead[1].set_result(rollouts)

@@ -37,6 +37,7 @@ BEFORE: dict[str, str | None] = {
     "collect": "base",
     "srt": "collect",
     "distill": "srt",
+    "train": "base",  # or what train.start says
     "evaluate": "distill",
     "localise": "srt",
 }
@@ -45,14 +46,16 @@ BEFORE: dict[str, str | None] = {
 class Run:
     """A run directory with its config, and what stages share; parts are built when first used."""
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, shared: pathlib.Path | None = None):
+        """With `shared`, stages lie there under their hashes, so that runs share those that are equal."""
+        self.config, self.shared = config, shared
         self.directory = pathlib.Path(config.run_dir)
         self._locks = contextlib.ExitStack()
 
     def __enter__(self) -> "Run":
-        self.lock(self.directory)
-        write_json_atomic(self.directory / "config.json", json.loads(json.dumps(dataclasses.asdict(self.config))))
+        if not self.shared:
+            self.lock(self.directory)
+            write_json_atomic(self.directory / "config.json", json.loads(json.dumps(dataclasses.asdict(self.config))))
         _cache_programs(pathlib.Path(self.config.base.cache_dir) / "programs")
         return self
 
@@ -99,6 +102,7 @@ class Run:
             tokenizer=self.problems.tokenizer,
             phrases=control_phrases(self.config.phrases),
             verify=self.problems.verify,
+            stated=self.problems.stated,
         )
 
     @functools.cached_property
@@ -134,9 +138,9 @@ class Run:
         """Stage -> tokens of the longest context that it samples: prompt, response, phrase and revision."""
         phrase = max(len(self.domain.phrase_ids(reward)) for reward in (0.0, 1.0))
         contexts = {}
-        for stage in ("collect", "distill", "evaluate"):
+        for stage in ("collect", "distill", "train", "evaluate"):
             new = getattr(self.config, stage).sampling.max_new_tokens
-            revision = 0 if stage == "distill" else phrase + new
+            revision = 0 if stage in ("distill", "train") else phrase + new
             contexts[stage] = self.problems.max_prompt_tokens + new + revision
         return contexts
 
@@ -160,15 +164,27 @@ class Run:
             "collect": (config.collect, config.phrases),
             "srt": (config.srt,),
             "distill": (config.distill, config.health),
+            "train": (config.train, config.health, config.phrases),
             "evaluate": (config.evaluate,),
             "localise": (config.localisation, config.distill.layout, config.distill.sampling),
         }
-        return settings.digest(self.key(BEFORE[stage]), *own[stage], config.sampler)
+        return settings.digest(self.key(self.before(stage)), *own[stage], config.sampler)
+
+    def before(self, stage: str) -> str | None:
+        """The stage that this one needs."""
+        return self.config.train.start if stage == "train" else BEFORE[stage]
+
+    def chain(self, stage: str) -> list[str]:
+        """The stage and all that it needs, first one first."""
+        before = self.before(stage)
+        return [*(self.chain(before) if before else ()), stage]
 
     def folder(self, stage: str) -> pathlib.Path:
         """Where a stage writes; base models are shared between runs through the cache."""
         if stage == "base":
             return pathlib.Path(self.config.base.cache_dir) / f"base-{self.key('base')}"
+        if self.shared:
+            return self.shared / f"{stage}-{self.key(stage)}"
         return self.directory / stage
 
     def result(self, stage: str) -> dict[str, Any] | None:
@@ -176,9 +192,10 @@ class Run:
         path = self.folder(stage) / "done.json"
         return read_json(path) if path.exists() else None
 
-    def params(self, stage: str, name: str = "params"):
+    def params(self, stage: str, name: str | None = None):
         """Final parameters of a finished stage; a pretrained base is read where it lies."""
-        self.need(stage)
+        result = self.need(stage)
+        name = name or (f"round_{result['rounds']}/params" if "rounds" in result else "params")
         if stage == "base" and self.config.base.pretrained:
             return self.pretrained(), self.provenance
         params, metadata = load_params(self.folder(stage) / name, self.abstract_params())
@@ -218,11 +235,11 @@ def open_run(config: Config, stage: str | None = None, fork: bool = False) -> Ru
     not depend on them are copied to a new directory, where the run goes on.
     """
     run = Run(config)
-    check_fit(run)
+    check_fit(run, stage)
     directory = pathlib.Path(config.run_dir)
     recorded = directory / "config.json"
-    if stage and BEFORE[stage]:
-        run.need(BEFORE[stage])
+    if stage and run.before(stage):
+        run.need(run.before(stage))
     if recorded.exists():
         old = read_json(recorded)
         changed = settings.differences(old, dataclasses.asdict(config), ignore=PLACES)
@@ -237,10 +254,10 @@ def open_run(config: Config, stage: str | None = None, fork: bool = False) -> Ru
     return run
 
 
-def check_fit(run: Run) -> None:
-    """Refuses settings that do not fit the task, the model's context or the devices."""
+def check_fit(run: Run, stage: str | None = None) -> None:
+    """Refuses settings that do not fit the task, the model's context or the devices; `train`'s when it is asked for."""
     config, model, problems = run.config, run.model, run.problems
-    for name in ("collect", "distill", "evaluate"):
+    for name in ("collect", "distill", "train", "evaluate"):
         check_sampling(getattr(config, name).sampling, f"{name}.sampling")
     for name, longest in run.contexts.items():
         if longest > model.config.max_position:
@@ -249,18 +266,21 @@ def check_fit(run: Run) -> None:
                 f"{name}.sampling.max_new_tokens={new} needs contexts of {longest} tokens, "
                 f"but model.max_position={model.config.max_position}; lower the former or raise the latter"
             )
-    layout = config.distill.layout
-    if layout.max_prompt < problems.max_prompt_tokens:
-        raise UserError(
-            f"distill.layout.max_prompt={layout.max_prompt}, but prompts of {problems.name} have up to "
-            f"{problems.max_prompt_tokens} tokens; raise the former"
-        )
+    for name in ("distill", *(["train"] if stage == "train" else [])):
+        layout = getattr(config, name).layout
+        if layout.max_prompt < problems.max_prompt_tokens:
+            raise UserError(
+                f"{name}.layout.max_prompt={layout.max_prompt}, but prompts of {problems.name} have up to "
+                f"{problems.max_prompt_tokens} tokens; raise the former"
+            )
     parts = sharding.batch_devices(run.mesh)
     sizes = {"srt.batch_size": config.srt.batch_size, "distill.batch_size": config.distill.batch_size}
+    sizes |= {"train.batch_size": config.train.batch_size} if stage == "train" else {}
     if config.problems.train:
         sizes["base.batch_size"] = config.base.batch_size
-        asked = {"train": max(config.collect.questions, config.distill.questions), "test": config.evaluate.questions}
+        asked = {"train": max(config.collect.questions, config.distill.questions)}
         asked["validation"] = max(config.distill.validation_questions, config.health.questions)
+        asked[config.evaluate.split] = max(asked.get(config.evaluate.split, 0), config.evaluate.questions)
         for split, count in asked.items():
             problems.questions(split, count)
     else:

@@ -1,4 +1,4 @@
-"""Statistics of an evaluation: pass@k, avg@k, majority vote, bootstrap intervals. numpy only.
+"""Statistics of an evaluation: pass@k, avg@k, majority vote, bootstrap and t-intervals. numpy and scipy.
 
 The unit of resampling is the question: its samples share difficulty and are not independent.
 Leaves out significance tests; an interval of the difference says more.
@@ -99,6 +99,20 @@ def bootstrap_interval(
     tail = 50.0 * (1.0 - CONFIDENCE)
     low, high = np.percentile(drawn, [tail, 100.0 - tail])
     return float(low), float(high)
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Two-sided 95% t-interval (low, high) of the mean of independent values, such as one per seed.
+
+    (nan, nan) for fewer than two values, which say nothing about their spread.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    from scipy import stats  # slow to import, and only comparisons ask
+
+    half = stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0, samples: int = 2000) -> Difference:

@@ -25,7 +25,7 @@ class BatchSource(Protocol):
     """Batches for the step, drawn with the current parameters (on-policy) or without them."""
 
     def next(self, params: Any) -> tuple[Mapping[str, Any], Mapping[str, float]]:
-        """A batch of arrays, and figures of its own to log (reward, length, counts)."""
+        """A batch of arrays, and figures of its own to log (reward, length, counts); StopIteration at its end."""
         ...
 
     def get_state(self) -> dict[str, Any]: ...
@@ -37,12 +37,13 @@ class BatchSource(Protocol):
 class Hooks:
     """What a stage adds to the loop.
 
-    after_step: (completed steps, state) -> (state, figures), e.g. a teacher synchronisation.
+    after_step: (completed steps, state, figures) -> (state, figures), e.g. a teacher synchronisation; the
+      figures it is given hold those of a validation after this step.
     validate: (parameters, completed steps) -> figures, every `validate_every` steps and at the end.
     check: figures of a step -> None, or a reason to stop.
     """
 
-    after_step: Callable[[int, TrainState], tuple[TrainState, dict[str, float]]] | None = None
+    after_step: Callable[[int, TrainState, Mapping[str, float]], tuple[TrainState, dict[str, float]]] | None = None
     validate: Callable[[Any, int], dict[str, float]] | None = None
     validate_every: int = 0
     check: Callable[[Mapping[str, float]], str | None] | None = None
@@ -62,8 +63,9 @@ def fit(
 ) -> TrainState:
     """Runs `step_fn` until `total_steps`, from the newest good checkpoint if there is one.
 
-    Returns the state after the last step, which is also saved. Raises HealthStop on NaN, infinity
-    or a failed check, Stopped when a signal asked for it (after a save).
+    Returns the state after the last step, which is also saved; a source that raises StopIteration ends
+    early. Raises HealthStop on NaN, infinity or a failed check, Stopped when a signal asked for it (after a
+    save).
     """
     restored = checkpointer.restore(abstract_like(state))
     done = 0
@@ -76,7 +78,11 @@ def fit(
     try:
         with Progress(name, total_steps, initial=done, unit="step") as bar:
             for step in range(done + 1, total_steps + 1):
-                state, figures = _one_step(state, step_fn, source, step, total_steps, hooks)
+                try:
+                    state, figures = _one_step(state, step_fn, source, step, total_steps, hooks)
+                except StopIteration:  # the source has spent its budget
+                    checkpointer.save(step - 1, state, source.get_state(), metadata)
+                    break
                 reason = _unhealthy(figures) or (hooks.check(figures) if hooks.check else None)
                 if reason:
                     checkpointer.wait()
@@ -104,12 +110,12 @@ def _one_step(state, step_fn, source, step: int, total_steps: int, hooks: Hooks)
     batch, figures = source.next(state.params)
     state, metrics = step_fn(state, batch)
     figures = dict(figures) | finalise(jax.device_get(metrics))
-    if hooks.after_step:
-        state, extra = hooks.after_step(step, state)
-        figures |= extra
     due = hooks.validate_every and (step % hooks.validate_every == 0 or step == total_steps)
     if hooks.validate and due:
         figures |= {f"validation_{k}": v for k, v in hooks.validate(state.params, step).items()}
+    if hooks.after_step:
+        state, extra = hooks.after_step(step, state, figures)
+        figures |= extra
     return state, figures
 
 

@@ -20,6 +20,8 @@ from sdzero_jax.teacher import TeacherConfig, after_update, initial_teacher, tea
 
 # (params, teacher, batch) -> (loss, metrics)
 LossFn = Callable[[Any, Any, Any], tuple[jax.Array, Metrics]]
+# (params, teacher, batch) -> ((loss, metrics), gradients)
+GradientFn = Callable[[Any, Any, Any], tuple[tuple[jax.Array, Metrics], Any]]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -114,17 +116,20 @@ def make_train_step(
     *,
     teacher_config: TeacherConfig | None = None,
     schedule: optax.Schedule | None = None,
+    gradient: GradientFn | None = None,
 ) -> TrainStep:
     """Returns step(state, batch) -> (state, metrics): compiled for the mesh, its state donated.
 
-    Metrics are (sum, count) pairs; "nonfinite" counts steps whose loss or gradient was NaN or
-    infinite. Such a step changes nothing, so that a checkpoint never holds its result.
+    `gradient` takes the place of plain `jax.value_and_grad(loss_fn)`, see `accumulated`. Metrics are
+    (sum, count) pairs; "nonfinite" counts steps whose loss or gradient was NaN or infinite. Such a step
+    changes nothing, so that a checkpoint never holds its result.
     """
     has_teacher = teacher_config is not None and teacher_config.schedule != "live"
+    gradient = gradient or jax.value_and_grad(loss_fn, has_aux=True)
 
     def step_fn(state: TrainState, batch):
         teacher = teacher_for_loss(teacher_config, state.teacher, state.params) if teacher_config else None
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, teacher, batch)
+        (loss, metrics), grads = gradient(state.params, teacher, batch)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -155,6 +160,32 @@ def make_train_step(
         donate_argnums=0,
     )
     return TrainStep(jitted, abstract_state(model, optimizer, mesh, teacher_config=teacher_config), mesh)
+
+
+def accumulated(loss_fn: LossFn, denominators: Callable[[Any], tuple[jax.Array, ...]], parts: int) -> GradientFn:
+    """The gradient of `loss_fn` over a batch of named batches, computed `parts` rows at a time.
+
+    Rows are dealt out so that a device's stay on it. Denominators are taken over the whole batch first, so the
+    result is that of one large batch; gradients are added in float32. Every batch's rows must divide by `parts`.
+    """
+
+    def gradient(params, teacher, batches):
+        shared = denominators(batches)
+        split = jax.tree.map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), batches)
+
+        def one(part):
+            return jax.value_and_grad(loss_fn, has_aux=True)(params, teacher, part | {"denominators": shared})
+
+        def add(total, part):
+            new = one(part)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, new), None
+
+        shapes = jax.eval_shape(one, jax.tree.map(lambda leaf: leaf[0], split))
+        zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+        (loss_and_metrics, grads), _ = jax.lax.scan(add, zero, split)
+        return loss_and_metrics, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+
+    return gradient
 
 
 def synchronise(state: TrainState) -> TrainState:

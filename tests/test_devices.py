@@ -123,6 +123,7 @@ def sampled():
     return on_eight_devices(SAMPLER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights, mesh", [("gathered", [2, 4, 1]), ("tensor", [4, 1, 2])])
 def test_sampling_on_eight_devices_equals_one(sampled, weights, mesh):
     case = sampled[weights]

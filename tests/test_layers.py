@@ -16,10 +16,14 @@ LAYERS = [
     ("models", "tasks", "batches"),
     ("sampler", "objectives", "teacher", "graders"),
     ("rollouts", "train_step", "checkpoint", "problems"),
-    ("collect", "methods", "train", "evaluate", "analysis", "exchange"),
+    ("collect", "sources", "train", "evaluate", "analysis", "exchange", "ledger"),
+    ("methods",),
     ("config",),
     ("runs", "memory"),
-    ("pipeline", "doctor", "configs"),
+    ("training",),
+    ("pipeline", "doctor"),
+    ("compare",),
+    ("configs",),
     ("run",),
 ]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

@@ -171,6 +171,7 @@ def test_an_export_is_the_merged_model(tmp_path):
     np.testing.assert_array_equal(again.apply(params, tokens)[0], model.apply(merged, tokens)[0])
 
 
+@pytest.mark.slow
 def test_adapters_are_cut_like_their_base():
     """Eight fake devices: shards of A and B, and a merge that keeps the base's shards and moves nothing."""
     root = str(pathlib.Path(__file__).parents[1])

@@ -125,9 +125,9 @@ def demo():
 
 def test_the_demos_state_is_what_the_compiler_takes_as_arguments(demo):
     estimated, counted = demo
-    # Rewards are carried in the batch, but no part of this objective.
+    # Rewards and ends are carried in the batch, but no part of this objective.
     read = memory.batch_of(load_config("configs/demo.py"))
-    del read["reward"]
+    del read["reward"], read["ends"]
     batch = sum(leaf.nbytes for leaf in read.values())
     assert sum(estimated.state.values()) + 4 + batch == counted["arguments"]  # 4: the step's number
     assert counted["aliased"] == sum(estimated.state.values()) + 4, "the whole state is updated in place"
@@ -185,7 +185,8 @@ def test_offload_needs_a_host_memory(monkeypatch):
 OLMO_LIKE = {"norm_position": "post", "qk_norm": "projection", "attention_bias": True}
 
 
-@pytest.mark.parametrize("family", [{}, pytest.param(OLMO_LIKE, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [{}, OLMO_LIKE])
 def test_a_teacher_in_the_compute_dtype_is_the_reviser_to_the_bit(family):
     model = LanguageModel(dataclasses.replace(MODEL, initializer_range=0.3, **family))
     reviser = model.init(jax.random.key(0))
@@ -227,6 +228,7 @@ def test_replicas_are_given_up_before_results_change():
 # -------------------------------------------------------------------------------------------- the doctor
 
 
+@pytest.mark.slow
 def test_the_doctor_says_what_fits_a_slice_that_is_not_there():
     config = load_config("configs/sdzero_qwen3_4b_math.py")
     text = "\n".join(doctor.examine(config, "", slice_name="v5p:2x2x4"))

@@ -276,6 +276,7 @@ def host(tree):
     return jax.tree.map(np.array, tree)
 
 
+@pytest.mark.slow
 def test_repeated_steps_lower_the_divergence_and_a_frozen_teacher_does_not_move():
     state, step = stepper(TeacherConfig("frozen"))
     teacher = host(state.teacher)
@@ -287,6 +288,7 @@ def test_repeated_steps_lower_the_divergence_and_a_frozen_teacher_does_not_move(
     jax.tree.map(np.testing.assert_array_equal, host(state.teacher), teacher)
 
 
+@pytest.mark.slow
 def test_ema_teacher_moves_by_its_rate():
     state, step = stepper(TeacherConfig("ema", ema_rate=0.25))
     teacher = host(state.teacher)
@@ -315,7 +317,8 @@ def test_a_nan_gradient_changes_nothing_and_is_counted():
 
 @pytest.mark.slow
 def test_srt_lowers_the_loss_on_held_out_traces():
-    from sdzero_jax.methods import SRT_STAGES, SequenceSource, SrtData, srt_sequences
+    from sdzero_jax.methods import SRT_STAGES, SrtData, srt_sequences
+    from sdzero_jax.sources import SequenceSource
     from sdzero_jax.tasks import TaskConfig, make_task
 
     task = make_task(TaskConfig())
@@ -336,7 +339,7 @@ def test_srt_lowers_the_loss_on_held_out_traces():
             )
         )  # fmt: skip
     data = SrtData(held_out=0.2, max_length=80)
-    training, held_out, counts = srt_sequences(traces, SRT_STAGES["joint"][0], data)
+    training, held_out, counts = srt_sequences(traces, SRT_STAGES["joint"][0], data, EOS)
     assert counts == {"traces": 48, "held_out": 12, "overlong": 0}
     assert not {s.tokens for s in training} & {s.tokens for s in held_out}
     model = LanguageModel(dataclasses.replace(CONFIG, vocab_size=task.tokenizer.vocab_size, initializer_range=0.02))
@@ -358,11 +361,11 @@ def test_traces_are_balanced_and_two_stage_reads_wrong_ones_first():
 
     traces = [trace([7 + i], 1.0, [9, EOS]) for i in range(6)] + [trace([20 + i], 0.0, [9, EOS]) for i in range(2)]
     data = SrtData(held_out=0.0, max_length=20)
-    joint, _, counts = srt_sequences(traces, SRT_STAGES["joint"][0], data)
+    joint, _, counts = srt_sequences(traces, SRT_STAGES["joint"][0], data, EOS)
     assert counts["traces"] == 8 and len(joint) == 12
     assert sum(31 in sequence.tokens for sequence in joint) == 6  # P_0, as often as P_1
     generation, revision = SRT_STAGES["two_stage"]
-    first, _, _ = srt_sequences(traces, generation, data)
+    first, _, _ = srt_sequences(traces, generation, data, EOS)
     assert all(31 in sequence.tokens and set(sequence.weights) == {0.0, 1.0} for sequence in first)
-    second, _, _ = srt_sequences(traces, revision, data)
+    second, _, _ = srt_sequences(traces, revision, data, EOS)
     assert second[0].weights[-3:] == (0.0, 1.0, 1.0)

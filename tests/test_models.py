@@ -267,10 +267,11 @@ def test_ragged_cached_decoding_equals_the_full_forward(build):
     "dtype, largest",
     [
         ("int8", 0.05),
-        pytest.param("float8_e4m3fn", 0.2, marks=pytest.mark.slow),
-        pytest.param("bfloat16", 0.05, marks=pytest.mark.slow),
+        ("float8_e4m3fn", 0.2),
+        ("bfloat16", 0.05),
     ],
 )
+@pytest.mark.slow
 def test_narrow_caches_stay_close_to_the_full_forward(dtype, largest):
     model = tiny_olmo()
     params = weights(model)
@@ -303,6 +304,7 @@ def test_rows_of_a_prefilled_block_go_where_they_are_sent():
         np.testing.assert_allclose(hidden[row, 0], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_committed_row_may_be_cut_by_its_length():
     model = tiny_olmo()
     params = weights(model)
@@ -314,6 +316,7 @@ def test_a_committed_row_may_be_cut_by_its_length():
     np.testing.assert_allclose(hidden[:, 0], want[:, -1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_row_is_given_to_a_new_sequence_by_clearing_it():
     model = tiny_olmo()
     params = weights(model)
@@ -422,6 +425,7 @@ def test_shapes_axes_and_init_agree():
     assert np.abs(deep[0] - deep[1]).max() > 0.1  # every repetition draws its own weights
 
 
+@pytest.mark.slow
 def test_dtypes():
     model = tiny(param_dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(model.param_shapes())} == {jnp.dtype("bfloat16")}

@@ -50,7 +50,7 @@ def test_a_list_is_spelled_as_json(demo):
         ("srt.optimizer.learning_rat=1", "did you mean 'srt.optimizer.learning_rate'?"),
         ("seed=one", "seed=one: input should be a valid integer"),
         ("seed=1.5", "seed=1.5: input should be a valid integer"),
-        ("srt.data.mode=both", "'joint' or 'two_stage'"),
+        ("srt.data.mode=both", "'joint', 'two_stage', 'compact'"),
         ("srt.data.balance=perhaps", "valid boolean"),
         ("srt=1", "'srt' is a group; set one of srt.epochs"),
         ("seed.x=1", "seed is a single value"),
@@ -104,7 +104,7 @@ def test_help_lists_every_field_with_default_and_meaning(demo):
     assert len(lines) == len(settings.flatten(demo))
     text = "\n".join(lines)
     assert "srt.epochs=4\n        passes over the (balanced) traces" in text
-    assert "[frozen | ema | sync_every | live]" in text
+    assert "[frozen | ema | sync_every | sync_on_plateau | live]" in text
     assert not [line for line in lines if line.endswith("        ")], "a field without a meaning"
 
 

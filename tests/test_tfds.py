@@ -101,6 +101,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_order_is_identical_after_kills(gsm8k, folder, tmp_path):
     lines = []
     for count in (3, 14):  # within the first epoch, into the second

@@ -1,5 +1,6 @@
-"""What a run showed: localisation of errors, figures and the HTML report."""
+"""What a run showed: localisation of errors, figures and the HTML reports."""
 
+from sdzero_jax.analysis.comparison import write_comparison
 from sdzero_jax.analysis.localisation import (
     around_first_error,
     auroc,
@@ -17,5 +18,6 @@ __all__ = [
     "concentration",
     "localisation_summary",
     "top_hit_rate",
+    "write_comparison",
     "write_report",
 ]

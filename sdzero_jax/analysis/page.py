@@ -65,6 +65,7 @@ def columns(k: int) -> tuple[Column, ...]:
         Column("fix", "fix", "{:.3f}", "accuracy after revising the base model's wrong attempts: equal ground"),
         Column("keep", "keep", "{:.3f}", "the same for the base model's right attempts"),
         Column("revised_accuracy", "revised", "{:.3f}", "accuracy of generate-then-revise over all questions"),
+        Column("revision_words", "revision words", "{:.2f}", "explicit revisions in a response, such as “wait” or P"),
         Column("truncated", "cut off", "{:.3f}", "share of responses that hit the length limit"),
     )
 
@@ -96,16 +97,19 @@ def build_page(run: RunData, pictures: Mapping[str, Picture]) -> str:
     links = " ".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)
     body = "\n".join(f'<section id="{name}"><h2>{title}</h2>\n{text}\n</section>' for name, title, text in sections)
     title = f"SD-Zero run: {escape(run_name(run))}"
+    return document(title, f'<p class="lead">{escape(describe(run))}</p>\n<nav>{links}</nav>\n{body}')
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """A page of its own: nothing is loaded and no script runs, whatever a model wrote. `title` is escaped already."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        # Nothing is loaded and no script runs, whatever a model wrote.
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f'<h1>{title}</h1>\n<p class="lead">{escape(describe(run))}</p>\n<nav>{links}</nav>\n{body}\n'
-        "</main>\n</body>\n</html>\n"
+        f"<title>{title}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{title}</h1>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -153,7 +157,7 @@ def _results(run: RunData, pictures: Mapping[str, Picture]) -> str:
         f"<tbody>\n{body}\n</tbody></table></div>\n"
         f'<p class="note">{note}Tokens are counted per response.</p>\n'
         f"<details><summary>What the columns mean</summary><dl>{legend}</dl></details>\n"
-        + _figure(pictures.get("results"))
+        + figure(pictures.get("results"))
     )
 
 
@@ -190,7 +194,7 @@ def _training(run: RunData, pictures: Mapping[str, Picture]) -> str:
         if not rounds:
             parts.append(NOT_RUN)
             continue
-        parts.append(_figure(pictures.get(f"curves_{phase}")) or '<p class="note">No curve was logged.</p>')
+        parts.append(figure(pictures.get(f"curves_{phase}")) or '<p class="note">No curve was logged.</p>')
         parts.append("".join(_last_values(rows, n, len(rounds)) for n, rows in enumerate(rounds, start=1)))
     return "\n".join(parts)
 
@@ -233,7 +237,7 @@ def _collection(run: RunData, pictures: Mapping[str, Picture]) -> str:
         for key, (label, form) in names.items()
         if key in run.collect
     ]
-    return _figure(pictures.get("funnel")) + _two_columns(rows)
+    return figure(pictures.get("funnel")) + two_columns(rows)
 
 
 def _localisation(run: RunData, pictures: Mapping[str, Picture]) -> str:
@@ -267,8 +271,8 @@ def _localisation(run: RunData, pictures: Mapping[str, Picture]) -> str:
         f"<p>{escape(verdict_on_kl(summary))}</p>\n"
         '<p class="note">The label of a token is “is the first wrong value”, over wrong responses with a '
         f"known first error; end and control tokens are left out. {escape(measured)}.</p>\n"
-        + "".join(_figure(pictures.get(name)) for name in ("detection", "buckets", "offsets"))
-        + _two_columns(rows)
+        + "".join(figure(pictures.get(name)) for name in ("detection", "buckets", "offsets"))
+        + two_columns(rows)
     )
 
 
@@ -330,15 +334,19 @@ def _example(example: Mapping[str, Any], scales: Mapping[str, float]) -> str:
 
 
 def _token(example: Mapping[str, Any], index: int, is_first_error: bool, scales: Mapping[str, float]) -> str:
-    values = {key: _at(example.get(key), index) for key in ("kl", "entropy", "log_ratio")}
+    values = {key: _at(example.get(key), index) for key in ("kl", "entropy", "log_ratio", "p_student", "p_teacher")}
     shades = {
         key: math.sqrt(min(max(values[key] / scale, 0.0), 1.0)) if is_number(values[key]) else 0.0
         for key, scale in scales.items()
     }
     title = (
         f"KL {format_value(values['kl'], '{:.4f}')}, entropy {format_value(values['entropy'], '{:.4f}')}, "
-        f"ln S − ln T {format_value(values['log_ratio'], '{:+.4f}')}"
+        f"ln S − ln T {format_value(values['log_ratio'], '{:+.4f}')}\n"
+        f"S {format_value(values['p_student'], '{:.3f}')}, T {format_value(values['p_teacher'], '{:.3f}')}"
     )
+    for name, key in (("S", "top_student"), ("T", "top_teacher")):
+        if likeliest := _at(example.get(key), index):
+            title += f"\n{name} prefers " + ", ".join(f"{token} {p:.3f}" for token, p in likeliest)
     if is_first_error:
         title += ", first wrong token"
     text = escape(example["tokens"][index]).replace("\n", "↵\n")
@@ -397,14 +405,14 @@ def _clip(text: Any) -> str:
 def _seconds(run: RunData, pictures: Mapping[str, Picture]) -> str:
     seconds = run.summary.get("seconds") or {}
     rows = [(name, format_value(value, "{:,.1f}"), value) for name, value in seconds.items()]
-    return _figure(pictures.get("seconds")) + _two_columns(rows) if rows else NOT_RUN
+    return figure(pictures.get("seconds")) + two_columns(rows) if rows else NOT_RUN
 
 
 def _configuration(config: Mapping[str, Any]) -> str:
     if not config:
         return '<p class="missing">no config.json</p>'
     rows = [(name, escape(value), None) for name, value in flatten(config)]
-    return f"<details><summary>{len(rows)} settings</summary>{_two_columns(rows)}</details>"
+    return f"<details><summary>{len(rows)} settings</summary>{two_columns(rows)}</details>"
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -416,7 +424,7 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _two_columns(rows: Sequence[tuple[str, str, Any]]) -> str:
+def two_columns(rows: Sequence[tuple[str, str, Any]]) -> str:
     """A table of (label, already escaped text, exact value)."""
     if not rows:
         return ""
@@ -427,7 +435,7 @@ def _two_columns(rows: Sequence[tuple[str, str, Any]]) -> str:
     return f'<div class="scroll"><table class="pairs"><tbody>{"".join(cells)}</tbody></table></div>'
 
 
-def _figure(picture: Picture | None) -> str:
+def figure(picture: Picture | None) -> str:
     if picture is None:
         return ""
     light, dark = (base64.b64encode(data).decode("ascii") for data in (picture.light, picture.dark))

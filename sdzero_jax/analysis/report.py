@@ -106,7 +106,7 @@ def draw_pictures(run: RunData) -> dict[str, Picture]:
 def summary_markdown(run: RunData) -> str:
     """The result table and the localisation verdict in Markdown."""
     shown = columns(run.k)
-    lines = [f"# SD-Zero run: {_plain(run_name(run))}", "", _plain(describe(run)), ""]
+    lines = [f"# SD-Zero run: {plain(run_name(run))}", "", plain(describe(run)), ""]
     lines.append("| model | " + " | ".join(column.heading for column in shown) + " |")
     lines.append("|---" * (len(shown) + 1) + "|")
     for row in run.rows:
@@ -115,13 +115,13 @@ def summary_markdown(run: RunData) -> str:
         if interval:
             cells[0] += f" [{interval[0]:.3f}, {interval[1]:.3f}]"
         if not row.values:
-            cells = ["not run" + (f": {_plain(row.note)}" if row.note else "")] + [""] * (len(shown) - 1)
-        lines.append(f"| {_plain(row.label)} | " + " | ".join(cells) + " |")
+            cells = ["not run" + (f": {plain(row.note)}" if row.note else "")] + [""] * (len(shown) - 1)
+        lines.append(f"| {plain(row.label)} | " + " | ".join(cells) + " |")
     if run.localisation:
         lines += ["", verdict_on_kl(run.localisation)]
     seconds = run.summary.get("seconds") or {}
     if seconds:
-        items = (f"{_plain(name)} {format_value(value, '{:,.1f}')}" for name, value in seconds.items())
+        items = (f"{plain(name)} {format_value(value, '{:,.1f}')}" for name, value in seconds.items())
         lines += ["", f"Seconds per stage: {', '.join(items)}."]
     return "\n".join(lines) + "\n"
 
@@ -137,6 +137,6 @@ def _bars(row: ResultRow, k: int) -> Mapping[str, Any]:
     return {"label": row.label, "interval": interval_of(row, k), **values}
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text on one line that cannot end a table cell or open a tag."""
     return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")

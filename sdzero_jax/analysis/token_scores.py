@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sdzero_jax import ops, sharding
@@ -32,6 +33,56 @@ def score_batch(model: LanguageModel, student, teacher, batch: Batch, divergence
     return jax.tree.map(lambda leaf: leaf.reshape(batch["mask"].shape), per_token)
 
 
+@functools.partial(jax.jit, static_argnames=("model", "count"))
+def top_batch(model: LanguageModel, student, teacher, batch: Batch, count: int):
+    """{"student", "teacher"}: (probabilities, ids) [B, R, count] of the likeliest tokens; a few logits at a time."""
+
+    def likeliest(params, prefix: str):
+        hidden = response_hidden(model, params, batch, f"{prefix}_", f"{prefix}_index")
+        weights = model.unembedding(params)
+
+        def of_token(h):
+            logits = jnp.einsum("d,vd->v", h, weights.astype(h.dtype), preferred_element_type=jnp.float32)
+            return jax.lax.top_k(jax.nn.softmax(logits), count)
+
+        tops = jax.lax.map(of_token, hidden.reshape(-1, hidden.shape[-1]), batch_size=64)
+        return jax.tree.map(lambda leaf: leaf.reshape(*batch["mask"].shape, count), tops)
+
+    return {"student": likeliest(student, "gen"), "teacher": likeliest(teacher, "rev")}
+
+
+def top_alternatives(
+    model: LanguageModel,
+    student: Any,
+    teacher: Any,
+    rollouts: Sequence[Rollout],
+    domain: Domain,
+    layout: DistillLayout,
+    *,
+    count: int = 3,
+    mesh=None,
+) -> list[dict[str, list]]:
+    """What either side would rather have said: per rollout {"top_student", "top_teacher"}: [T][count] of [token, p]."""
+    if not rollouts:
+        return []
+    rows = sharding.batch_devices(mesh) if mesh is not None else 1
+    full = [*rollouts, *[rollouts[-1]] * (-len(rollouts) % rows)]
+    batch, _ = distill_batch(full, domain.phrase_ids, domain.tokenizer.stop_ids, layout)
+    arrays = batch if mesh is None else sharding.shard_batch(mesh, batch)
+    with sharding.use(mesh):
+        tops = jax.device_get(top_batch(model, student, teacher, arrays, count))
+    return [
+        {
+            f"top_{side}": [
+                [[domain.tokenizer.decode([int(i)]) or "<eos>", round(float(p), 4)] for p, i in zip(*pair)]
+                for pair in zip(*(leaf[row, : len(rollout.response_ids)] for leaf in tops[side]))
+            ]
+            for side in ("student", "teacher")
+        }
+        for row, rollout in enumerate(rollouts)
+    ]
+
+
 def localisation_records(
     model: LanguageModel,
     student: Any,
@@ -48,7 +99,8 @@ def localisation_records(
     """One record per trained rollout, with the scores of its tokens.
 
     A token is `scored` when it belongs to the first attempt: end tokens, control tokens and what
-    follows them are left out, since the reviser treats them by form and not by content.
+    follows them are left out, since the reviser treats them by form and not by content. `rollout` is the
+    index of a record's rollout.
     """
     control = {token for reward in (0.0, 1.0) for token in domain.phrase_ids(reward)}
     skipped = control | set(domain.tokenizer.stop_ids)
@@ -69,11 +121,14 @@ def localisation_records(
             first_skipped = next((i for i, t in enumerate(rollout.response_ids) if t in skipped), count)
             records.append(
                 {
+                    "rollout": start + row,
                     "prompt": rollout.question.prompt,
                     "tokens": [domain.tokenizer.decode([token]) or "<eos>" for token in rollout.response_ids],
                     "reward": int(rollout.verdict.reward or 0),
                     "kl": pick(scores.value),
                     "entropy": pick(scores.entropy),
+                    "p_student": np.exp(logp_student).tolist(),
+                    "p_teacher": np.exp(logp_teacher).tolist(),
                     "log_ratio": [s - t for s, t in zip(logp_student, logp_teacher)],
                     "first_error": first_error(rollout),
                     "scored": [position < first_skipped for position in range(count)],

@@ -1,0 +1,115 @@
+"""The paper's comparison in miniature: every method on the embedded chain task, at equal sampled tokens.
+
+Command:   python run.py compare configs/compare_paper.py
+Hardware:  2 CPU cores, 2 GB of memory
+Expected:  docs/RESULTS.md has the table
+"""
+
+import dataclasses
+
+from configs import demo
+from sdzero_jax.compare import Comparison, Entry
+from sdzero_jax.config import TrainConfig
+
+BUDGET = 98_304  # sampled tokens: 4 responses of 24 tokens for each of 1,024 questions
+SOLUTION = 24.0  # tokens of one
+
+
+def get_comparison() -> Comparison:
+    config = demo.get_config()
+    replace = dataclasses.replace
+    train = TrainConfig(
+        questions=1024,
+        batch_size=16,
+        expected_tokens=SOLUTION,
+        validate_every=0,
+        sampling=config.distill.sampling,
+        layout=config.distill.layout,
+        optimizer=config.distill.optimizer,
+        max_length=48,
+    )
+    config = replace(
+        config,
+        train=train,
+        distill=replace(config.distill, rounds=1, validate_every=0),
+        # Collapse is a result here, not a reason to stop.
+        health=replace(config.health, keep_rate_stop=0.0, min_mean_tokens=0.0),
+    )
+    return Comparison("compare_paper", config, ENTRIES, seeds=(10, 11, 12, 13, 14), budget=BUDGET, reference="grpo")
+
+
+SRT_AT_BUDGET = ("collect.responses=2",)
+ADAM = ("train.optimizer.schedule=cosine", "train.optimizer.final_fraction=0.1")
+SUPERVISED = ("train.batch_size=64", "train.optimizer.warmup_fraction=0.05", "train.optimizer.clip_norm=1.0")
+POLICY = (*ADAM, "train.optimizer.clip_norm=1.0", "train.optimizer.warmup_fraction=0.05")
+SDZERO = ("train.start=srt", "train.method=sdzero", "train.samples=1", *ADAM)
+BEYOND = (
+    "srt.data.mode=compact", "train.start=srt", "train.samples=1", *ADAM,
+    "train.objective.guidance=1", "train.objective.mask_end=true",
+    "train.teacher.schedule=sync_every", "train.teacher.sync_steps=16",
+)  # fmt: skip
+
+
+
+def rates(*values: str) -> tuple[tuple[str, ...], ...]:
+    """A grid over the learning rate: every method gets the same number of points."""
+    return tuple((f"train.optimizer.learning_rate={value}",) for value in values)
+
+
+SLOW, FAST = rates("1e-4", "2e-4", "4e-4", "8e-4"), rates("2.5e-4", "5e-4", "1e-3", "2e-3")
+ENTRIES = {
+    "base": Entry("base", "base"),
+    "sft": Entry("SFT", settings=("train.method=sft", *SUPERVISED, "train.optimizer.learning_rate=1e-3")),
+    "rft": Entry("RFT", settings=("train.method=rft", *SUPERVISED, "train.optimizer.learning_rate=1e-3")),
+    "grpo": Entry(
+        "GRPO",
+        settings=(
+            "train.method=grpo", "train.batch_size=64", "train.samples=4", "train.updates=2", *POLICY,
+            "train.optimizer.learning_rate=5e-4",
+        ),
+        fill=True,
+    ),
+    "sdft": Entry(
+        "SDFT",
+        settings=("train.method=sdft", "train.samples=1", "train.objective.divergence=forward_kl", *ADAM),
+        fill=True,
+    ),
+    "srt": Entry("SRT", "srt"),
+    "srt_budget": Entry("SRT at full budget", "srt", SRT_AT_BUDGET),
+    "phase2": Entry(
+        "phase 2 only", settings=("train.method=sdzero", "train.samples=1", *ADAM), fill=True
+    ),
+    "sdzero": Entry("SD-Zero", settings=SDZERO, fill=True),
+    "sdzero_sync": Entry(
+        "SD-Zero + sync",
+        settings=(*SDZERO, "train.teacher.schedule=sync_every", "train.teacher.sync_steps=64"),
+        fill=True,
+    ),
+    "sdzero_grpo": Entry(
+        "SD-Zero, then GRPO",
+        settings=(
+            "distill.passes=1", "train.start=distill", "train.method=grpo", "train.batch_size=64", "train.samples=4",
+            "train.updates=2", *POLICY, "train.optimizer.learning_rate=5e-4",
+        ),
+        fill=True,
+    ),
+    "reinforce": Entry(
+        "REINFORCE, batch baseline",
+        settings=(
+            "train.method=reinforce", "train.batch_size=64", "train.samples=1", "train.updates=2", *POLICY,
+            "train.optimizer.learning_rate=5e-4",
+        ),
+        fill=True,
+    ),
+    "guided_replay": Entry(
+        "guided SD-Zero + replay + sync", settings=("train.method=sdzero_replay", *BEYOND), fill=True
+    ),
+    "hybrid": Entry(
+        "the same + policy gradient",
+        settings=(
+            "train.method=sdzero_hybrid", *BEYOND, "train.batch_size=64", "train.updates=2",
+            "train.optimizer.clip_norm=1.0", "train.optimizer.learning_rate=5e-4", "train.teacher.sync_steps=8",
+        ),
+        fill=True,
+    ),
+}  # fmt: skip

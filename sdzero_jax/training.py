@@ -1,0 +1,279 @@
+"""How a run trains a model: cross-entropy on sequences, and any method on the student's own samples.
+
+Puts a run's parts together with a config's settings and hands them to the loop (`train`). Which stage
+trains what, from which model, is in `pipeline`.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from sdzero_jax import ledger, objectives, sharding
+from sdzero_jax.batches import ScoredSequence, response_sequence, sequence_batch
+from sdzero_jax.checkpoint import Checkpointer, save_params
+from sdzero_jax.chunks import ChunkLog
+from sdzero_jax.collect import sample
+from sdzero_jax.config import DistillConfig, OptimizerConfig, SrtConfig, TrainConfig
+from sdzero_jax.data import shuffled_batches
+from sdzero_jax.errors import HealthStop, UserError
+from sdzero_jax.examples import RevisionTrace, Rollout
+from sdzero_jax.health import judge_keep_rate, length_collapse
+from sdzero_jax.methods import Method, find_method, loss_terms, right_sequences
+from sdzero_jax.metrics import FILE_NAME as METRICS
+from sdzero_jax.metrics import read_metrics
+from sdzero_jax.optimizer import learning_rate_schedule, make_optimizer
+from sdzero_jax.progress import say
+from sdzero_jax.rollouts import RolloutIterator, sample_and_revise, sample_responses
+from sdzero_jax.runs import Run
+from sdzero_jax.sources import OnPolicySource, SequenceSource, demonstration_context
+from sdzero_jax.teacher import sync_due
+from sdzero_jax.train import Hooks, fit
+from sdzero_jax.train_step import accumulated, init_state, make_train_step, synchronise
+
+# ---------------------------------------------------------------------------------- fixed sequences
+
+
+def train_cross_entropy(run: Run, name, folder, params, source, steps: int, config, hooks: Hooks = Hooks()):
+    """The loop with the cross-entropy objective; `config` owns objective, optimizer and checkpoint."""
+    loss_fn = functools.partial(objectives.cross_entropy, config.objective, run.model)
+    optimizer, schedule = _optimizer(config.optimizer, steps)
+    checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint)
+    step_fn = make_train_step(loss_fn, run.model, optimizer, run.mesh, schedule=schedule)
+    state = init_state(run.model, params, optimizer, run.mesh)
+    try:
+        return fit(
+            name, folder, state, step_fn, source, steps, checkpointer, config.checkpoint.every, run.provenance, hooks
+        )
+    finally:
+        checkpointer.close()
+
+
+def held_out_hooks(run: Run, sequences, config) -> Hooks:
+    """Reports the loss on held-out traces at every save; nothing when there are none."""
+    if not sequences:
+        return Hooks()
+    parts = sharding.batch_devices(run.mesh)
+    rows = sequences[: len(sequences) // parts * parts] or sequences[:1] * parts  # divides over the devices
+    batch = sequence_batch(rows, config.data.max_length)
+    loss = jax.jit(functools.partial(objectives.cross_entropy, config.objective, run.model))
+
+    def validate(params, step):
+        with sharding.use(run.mesh):
+            return {"loss": float(loss(params, None, sharding.shard_batch(run.mesh, batch))[0])}
+
+    return Hooks(validate=validate, validate_every=config.checkpoint.every)
+
+
+def off_policy(run: Run, folder: pathlib.Path, config: TrainConfig, method: Method, params) -> dict[str, Any]:
+    """Cross-entropy on demonstrations, or on the start model's own right samples."""
+    if method.sequences == "demonstrations":
+        sequences, spent = solutions(run, config.questions, config.max_length), ledger.Ledger()
+    else:
+        rollouts, summary = sample(
+            folder / "samples.jsonl", config.sampling, run.domain, run.sampler(), params,
+            run.problems.questions("train", config.questions), n=config.samples, chunk=config.chunk,
+            seed=run.config.seed,
+        )  # fmt: skip
+        sequences, spent = right_sequences(rollouts, config.max_length), ledger.of_sampling(summary)
+        if not sequences:
+            raise HealthStop(f"none of {summary['generations']} samples is right: nothing to train on")
+    steps = max(config.epochs * len(sequences) // config.batch_size, 1)
+    source = SequenceSource(sequences, config.batch_size, config.max_length, run.config.seed)
+    training = SrtConfig(objective=config.cross_entropy, optimizer=config.optimizer, checkpoint=config.checkpoint)
+    state = train_cross_entropy(run, config.method, folder, params, source, steps, training)
+    save_params(folder / "params", state.params, run.provenance)
+    spent += ledger.of_training(read_metrics(folder / METRICS))
+    return {"sequences": len(sequences), "ledger": dataclasses.asdict(spent)}
+
+
+def solutions(run: Run, questions: int, max_length: int) -> list[ScoredSequence]:
+    """Reference solutions of the training questions, for supervised fine-tuning (SFT)."""
+    tokenizer, sequences = run.problems.tokenizer, []
+    for question in run.problems.questions("train", questions):
+        if solution := run.problems.demonstration(question):
+            response = [*tokenizer.encode(solution), tokenizer.end_id]
+            sequences.append(response_sequence(tokenizer.encode_prompt(question.prompt), response))
+    fitting = [sequence for sequence in sequences if len(sequence.tokens) <= max_length]
+    if not fitting:
+        raise UserError(
+            f"none of {questions} training questions has a reference solution within max_length={max_length} "
+            "tokens; raise max_length; a base needs none with base.pretrained, or base.steps=0 for random weights"
+        )
+    return fitting
+
+
+# ---------------------------------------------------------------------------------- on-policy
+
+
+def on_policy(run: Run, stage: str, folder: pathlib.Path, config: DistillConfig, params) -> dict[str, Any]:
+    """Rounds of on-policy training; between two of them the teacher becomes the student.
+
+    A reviser below the keep-rate gate stops the first round and refuses a later synchronisation.
+    """
+    method = find_method(config.method, config.weights)
+    revises = method.uses("self_distillation") and method.context == "revision"
+    outcome: dict[str, Any] = {"rounds": 0, "keep_rates": [], "refused": None}
+    spent = ledger.Ledger()
+    for number in range(1, config.rounds + 1):
+        where = folder / f"round_{number}"
+        if revises:
+            keep_rate = measure_keep_rate(run, params, f"{stage}/{number}/gate")
+            verdict, line = judge_keep_rate(run.config.health, keep_rate)
+            outcome["keep_rates"].append(keep_rate)
+            if verdict != "ok":
+                say(f"{stage} round {number}: {line}")
+            if verdict == "stop" and number == 1:
+                raise HealthStop(f"{stage} not started: {line}; the teacher would endorse errors")
+            if verdict == "stop":
+                outcome["refused"] = f"synchronisation before round {number} refused: {line}"
+                break
+        params = on_policy_round(run, stage, where, config, method, params, number)
+        save_params(where / "params", params, run.provenance)
+        spent += ledger.of_training(read_metrics(where / METRICS))
+        outcome["rounds"] = number
+    return outcome | {"ledger": dataclasses.asdict(spent)}
+
+
+def on_policy_round(run: Run, stage: str, folder, config: DistillConfig, method: Method, start, number: int):
+    """One round from a model that is the first student and, where there is one, the teacher; returns the student."""
+    optimizer_config = dataclasses.replace(
+        config.optimizer, learning_rate=config.optimizer.learning_rate * config.round_scale ** (number - 1)
+    )
+    steps = planned_steps(config)
+    source = on_policy_source(run, stage, config, method, number)
+    terms = loss_terms(method, config.objective, config.policy, config.cross_entropy)
+    loss_fn = functools.partial(objectives.combined, terms, run.model)
+    gradient = None
+    if config.microbatches > 1:
+        gradient = accumulated(loss_fn, functools.partial(objectives.denominators, terms), config.microbatches)
+    optimizer, schedule = _optimizer(optimizer_config, steps)
+    taught = method.uses("self_distillation") or (method.uses("policy_gradient") and config.policy.kl_weight > 0)
+    teacher = config.teacher if taught else None
+    step_fn = make_train_step(
+        loss_fn, run.model, optimizer, run.mesh, teacher_config=teacher, schedule=schedule, gradient=gradient
+    )
+    state = init_state(run.model, start, optimizer, run.mesh, teacher_config=teacher, reviser_params=start)
+    checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint, best_metric="validation_accuracy")
+    most = steps + steps // 2 if config.budget else steps  # a budget ends by itself, near the steps planned
+    try:
+        state = fit(
+            f"{stage} {number}", folder, state, step_fn, source, most, checkpointer,
+            config.checkpoint.every, run.provenance, on_policy_hooks(run, stage, folder, config, method, number),
+        )  # fmt: skip
+    finally:
+        checkpointer.close()
+    return state.params
+
+
+def planned_steps(config: DistillConfig) -> int:
+    """Steps of a round: by its passes over the questions, or by its budget of tokens."""
+    if config.budget:
+        batches = config.budget / (config.batch_size * config.samples * config.expected_tokens)
+        return max(math.ceil(batches), 1) * config.updates
+    return max(config.passes * config.questions // config.batch_size, 1) * config.updates
+
+
+def on_policy_source(run: Run, stage: str, config: DistillConfig, method: Method, number: int) -> OnPolicySource:
+    """Rollouts of the student as the batches that the method's terms read."""
+    questions = run.problems.questions("train", config.questions)
+    rollouts = RolloutIterator(
+        shuffled_batches(questions, config.batch_size, seed=run.config.seed * 1000 + number),
+        run.domain, run.sampler(config.batch_size * config.samples), config.sampling,
+        label=f"{stage}/{number}", seed=run.config.seed, n=config.samples, prefetch=config.prefetch,
+    )  # fmt: skip
+    texts = {"demonstration": run.problems.demonstration, "answer": run.problems.answer}
+    context = demonstration_context(texts[method.context], run.domain) if method.context in texts else None
+    advantage = dataclasses.replace(config.advantage, baseline=config.advantage.baseline or method.baseline)
+    replays = method.uses("replay")
+    return OnPolicySource(
+        rollouts, run.domain, config.layout,
+        context=context,
+        opposite=config.objective.guidance > 0 and method.uses("self_distillation"),
+        advantage=advantage,
+        replay=config.replay if replays else None,
+        remembered=collected_attempts(run) if replays and run.result("collect") else (),
+        updates=config.updates, budget=config.budget, seed=run.config.seed,
+    )  # fmt: skip
+
+
+def collected_attempts(run: Run) -> list[Rollout]:
+    """The first attempts and revisions of phase 1 as answers to their questions, for hindsight replay."""
+    questions = {q.id: q for q in run.problems.questions("train", run.config.collect.questions)}
+    end = run.domain.tokenizer.end_id
+    attempts = []
+    for record in ChunkLog(run.folder("collect") / "traces.jsonl").records:
+        trace = RevisionTrace.from_json(record)
+        question = questions[trace.question_id]
+        pairs = [((*trace.init_ids, end), trace.init_verdict)]
+        if trace.revised_finish == "stop":
+            pairs.append((trace.revised_ids, trace.revised_verdict))
+        attempts += [Rollout(question, trace.prompt_ids, ids, (), "stop", verdict) for ids, verdict in pairs]
+    return attempts
+
+
+def on_policy_hooks(run: Run, stage: str, folder: pathlib.Path, config, method: Method, number: int) -> Hooks:
+    """Accuracy on validation questions, gated teacher synchronisation, and the length gate."""
+    questions = run.problems.questions("validation", config.validation_questions)
+    history = folder / METRICS
+    accuracies = _since_synchronisation(read_metrics(history) if history.exists() else [])
+
+    def validate(params, step):
+        rollouts = sample_responses(
+            run.domain, run.sampler(), params, questions, run.config.evaluate.sampling,
+            label=f"{stage}/{number}/validate/{step}", seed=run.config.seed,
+        )  # fmt: skip
+        return {"accuracy": _mean([r.verdict.reward for r in rollouts if r.verdict.reward is not None])}
+
+    def after_step(step, state, figures):
+        validated = "validation_accuracy" in figures
+        accuracies.extend([figures["validation_accuracy"]] if validated else [])
+        if not sync_due(config.teacher, step, accuracies if validated else ()):
+            return state, {}
+        keep_rate = measure_keep_rate(run, state.params, f"{stage}/{number}/sync/{step}")
+        verdict, line = judge_keep_rate(run.config.health, keep_rate)
+        if verdict != "ok":
+            say(f"{stage}: synchronisation at step {step}: {line}")
+        if verdict == "stop":
+            return state, {"keep_rate": keep_rate, "synchronised": 0.0}
+        accuracies.clear()
+        return synchronise(state), {"keep_rate": keep_rate, "synchronised": 1.0}
+
+    taught = method.uses("self_distillation")
+    return Hooks(
+        after_step=after_step if taught else None,
+        validate=validate,
+        validate_every=config.validate_every,
+        check=functools.partial(length_collapse, run.config.health),
+    )
+
+
+def _since_synchronisation(rows: Sequence[Mapping[str, float]]) -> list[float]:
+    """Validation accuracies since the teacher was last synchronised."""
+    accuracies: list[float] = []
+    for row in rows:
+        accuracies += [row["validation_accuracy"]] if "validation_accuracy" in row else []
+        accuracies = [] if row.get("synchronised") == 1.0 else accuracies
+    return accuracies
+
+
+def measure_keep_rate(run: Run, params, label: str) -> float:
+    """Share of the model's own right answers on validation questions that its revision keeps right."""
+    questions = run.problems.questions("validation", run.config.health.questions)
+    _, revisions = sample_and_revise(
+        run.domain, run.sampler(), params, questions, run.config.evaluate.sampling,
+        label=label, seed=run.config.seed, revise=(1.0,),
+    )  # fmt: skip
+    return _mean([revision.verdict.reward or 0.0 for own in revisions for revision in own])
+
+
+def _optimizer(config: OptimizerConfig, steps: int):
+    return make_optimizer(config, steps), learning_rate_schedule(config, steps)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values) / len(values)) if values else 0.0

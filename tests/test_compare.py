@@ -1,0 +1,174 @@
+"""Comparisons: what is refused before anything runs, tables by hand, equal budgets, kills and cached stages."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sdzero_jax import compare
+from sdzero_jax.compare import Entry
+from sdzero_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAPER = str(ROOT / "configs" / "compare_paper.py")
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def comparison(*overrides):
+    return compare.load_comparison(PAPER, overrides)
+
+
+# --------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(seeds=()), "seeds=.*one or more, all different"),
+        (dict(seeds=(1, 1)), "all different"),
+        (dict(budget=0), "budget=0 sampled tokens; wanted at least 1"),
+        (dict(reference="gpro"), "unknown reference 'gpro'.*grpo"),
+        (dict(entries={"x": Entry("x", "evaluate")}), "entry x: unknown stage 'evaluate'"),
+        (dict(entries={"x": Entry("x", settings=("train.method=grop",))}), "unknown method 'grop'.*grpo"),
+        (dict(entries={"x": Entry("x", settings=("train.nothing=1",))}), "unknown setting 'train.nothing'"),
+        (dict(entries={"x": Entry("x", settings=("train.microbatches=3",))}), "microbatches=3 does not divide"),
+        (dict(entries={"x": Entry("x", settings=("train.weights=[1,2]",))}), "1 terms, but 2 weights"),
+        (dict(entries={"x": Entry("x", settings=("train.expected_tokens=0",), fill=True)}), "expected_tokens > 0"),
+        (dict(entries={"x": Entry("x", settings=("train.layout.max_prompt=3",))}), "train.layout.max_prompt=3"),
+        (dict(entries={"x": Entry("x", settings=("train.sampling.temperature=-1",))}), "temperature is -1"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_written(change, message, tmp_path):
+    asked = dataclasses.replace(comparison(f"directory={tmp_path}"), **({"reference": ""} | change))
+    with pytest.raises(UserError, match=message):
+        compare.compare(asked)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_are_no_comparison(tmp_path):
+    with pytest.raises(UserError, match=r"no config file .*did you mean 'configs/compare_paper.py'"):
+        compare.load_comparison("configs/compare_papr.py", [])
+    with pytest.raises(UserError, match=r"no get_comparison\(\); it is the config of a run"):
+        compare.load_comparison("configs/demo.py", [])
+    with pytest.raises(UserError, match="seeds=x"):
+        comparison("seeds=x")
+
+
+COMPARISONS = sorted(str(path) for path in (ROOT / "configs").glob("*.py") if "get_comparison" in path.read_text())
+
+
+@pytest.mark.parametrize("path", COMPARISONS)
+def test_every_comparison_of_the_project_is_in_order(path):
+    compare.check_comparison(compare.load_comparison(path, []))
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def result(tmp_path, name, rewards, tokens):
+    """A run's result whose per-question rewards lie in a file, as `evaluate` leaves them."""
+    path = tmp_path / f"{name}.jsonl"
+    rows = [{"question_id": str(i), "reward": r} for i, r in enumerate(rewards)]
+    path.write_text("\n".join(map(json.dumps, [*rows, {"closes": 0}])) + "\n")
+    metrics = {"avg@4": sum(rewards) / len(rewards), "responses": str(path)}
+    return {"metrics": metrics, "ledger": {"sampled_tokens": tokens}, "seconds": 1.0}
+
+
+def test_differences_are_paired_by_seed_and_intervals_are_those_of_student(tmp_path):
+    asked = dataclasses.replace(
+        comparison(), entries={"a": Entry("A"), "b": Entry("B"), "c": Entry("C")}, seeds=(1, 2, 3), reference="a",
+        budget=100,
+    )  # fmt: skip
+    accuracies = {"a": [0.5, 0.25, 0.75], "b": [0.75, 0.5, 1.0], "c": [1.0, 0.25]}
+    results = {
+        name: {
+            str(seed + 1): result(tmp_path, f"{name}{seed}", [1.0] * round(4 * v) + [0.0] * round(4 - 4 * v), 100)
+            for seed, v in enumerate(values)
+        }
+        for name, values in accuracies.items()
+    }
+    results["c"]["3"] = {"stopped": "collapsed"}
+    results["b"]["2"]["ledger"]["sampled_tokens"] = 106
+    summary = compare.summarise(asked, results)
+    b, c = summary["methods"]["b"], summary["methods"]["c"]
+    assert b["difference"]["mean"] == pytest.approx(0.25) and b["difference"]["interval"] == pytest.approx((0.25, 0.25))
+    half = 4.302653 * 0.25 / math.sqrt(3)  # t(0.975, 2 degrees), standard deviation 0.25
+    assert b["interval"] == pytest.approx((0.75 - half, 0.75 + half), rel=1e-6)
+    low, high = b["difference"]["question_interval"]
+    assert 0 <= low < 0.25 < high < 0.6
+    assert not b["at_budget"] and b["budget_share"] == pytest.approx(1.02) and summary["methods"]["a"]["at_budget"]
+    assert set(c["difference"]["seeds"]) == {"1", "2"} and c["difference"]["mean"] == pytest.approx(0.25)
+    text = compare.table(summary)
+    assert "+0.250 [+0.250, +0.250]" in text and "x 1.02" in text
+
+
+def test_tuning_tries_every_grid_on_validation_questions():
+    asked = comparison()
+    grids = {"a": Entry("A", grid=(("train.epochs=1",), ("train.epochs=2",))), "b": Entry("B")}
+    asked = dataclasses.replace(asked, entries=grids, tuning_seeds=(7, 8))
+    tried = compare.tuning(asked)
+    assert list(tried.entries) == ["a/0", "a/1"] and tried.seeds == (7, 8)
+    assert tried.config.evaluate.split == "validation" and asked.config.evaluate.split == "test"
+    assert tried.folder != asked.folder and tried.entries["a/1"].settings[-1] == "train.epochs=2"
+    summary = {"k": 4, "methods": {"a/0": {"mean": {"avg@4": 0.2}}, "a/1": {"mean": {"avg@4": 0.3}}}}
+    assert "train.epochs=2    (of 0.200, 0.300)" in compare.tuned(asked, summary)
+    with pytest.raises(UserError, match="has a grid"):
+        compare.tuning(dataclasses.replace(asked, entries={"b": Entry("B")}))
+
+
+# ------------------------------------------------------------------------------------------ whole runs
+
+SMALL = (
+    "base.steps=60", "base.checkpoint.every=30", "collect.questions=32", "collect.chunk=16", "srt.epochs=2",
+    "srt.batch_size=8", "train.questions=32", "distill.questions=32", "evaluate.questions=8", "evaluate.k=2",
+    "evaluate.chunk=8", "health.questions=8", "srt.data.only_right=false",
+)  # fmt: skip
+
+
+def command(folder, *extra):
+    words = [f"directory={folder}", f"base.cache_dir={folder.parent / 'cache'}", "budget=6000", "seeds=[0]", *SMALL]
+    return [sys.executable, "run.py", "compare", "configs/compare_paper.py", *words, *extra]
+
+
+def comparable(folder):
+    summary = json.loads((folder / "compare_paper" / "comparison.json").read_text())
+    for method in summary["methods"].values():
+        for run in method["seeds"].values():
+            run.pop("seconds"), run["metrics"].pop("responses")
+    summary.pop("config")  # it names the folders
+    return summary
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_goes_on_to_the_same_table_at_equal_budgets(tmp_path):
+    """Every method in miniature, once whole and once killed at several moments."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = subprocess.run(command(whole), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    wanted = comparable(whole)
+    for seconds in (25, 40, 55):
+        process = subprocess.Popen(command(killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command(killed), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.dumps(comparable(killed)) == json.dumps(wanted)  # NaN equals NaN in text
+    for name, entry in comparison().entries.items():
+        method = wanted["methods"][name]
+        run = method["seeds"]["0"]
+        assert "metrics" in run, (name, run)
+        if entry.fill:
+            assert 1.0 <= method["budget_share"] < 1.30, name  # ends with the batch that reaches it
+    assert (whole / "compare_paper" / "report" / "comparison.html").stat().st_size > 10_000
