@@ -140,6 +140,7 @@ def distill_batch(
     *,
     context: TeacherContext | None = None,
     opposite: bool = False,
+    teacher: bool = True,
 ) -> tuple[Batch, dict[str, int]]:
     """Student rows x | y and teacher rows x | y | d P_r d | y, aligned token by token.
 
@@ -150,6 +151,7 @@ def distill_batch(
       stop_ids: the end tokens.
       context: what the teacher reads before y; default x | y | d P_r d.
       opposite: adds the teacher's rows under the phrase of the other reward, for guidance.
+      teacher: False leaves the teacher's rows out, for policy gradients.
 
     Returns:
       The batch, and counts {"overlong", "no_verdict", "masked"} of rows left out.
@@ -162,7 +164,7 @@ def distill_batch(
     longest_phrase = max(len(phrase_ids(0.0)), len(phrase_ids(1.0)))
     rev_limit = layout.rev_length(longest_phrase)
     gen_limit, width = layout.max_prompt + layout.max_response, layout.max_response
-    limits = {"gen": gen_limit, "rev": rev_limit} | ({"opposite": rev_limit} if opposite else {})
+    limits = {"gen": gen_limit} | {side: rev_limit for side in ["rev"] * teacher + ["opposite"] * opposite}
     counts = {"overlong": 0, "no_verdict": 0, "masked": 0}
     rows: dict[str, list[Ids]] = {side: [] for side in limits}
     indices = [f"{side}_index" for side in limits]

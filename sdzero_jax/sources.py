@@ -94,8 +94,9 @@ class OnPolicySource:
 
     Batches: "rollouts" (student and teacher rows, rewards, advantages) and, with `replay`, "replay" (scored
     sequences x | y_init | d P_r d -> y made of wrong and right responses to one question). A batch of rollouts
-    is handed out `updates` times. With a `budget` the source ends (StopIteration) once that many tokens have
-    been sampled. State holds everything: position, counts, baseline, memory, rollouts not yet used up.
+    is handed out `updates` times. With a `budget` the source ends (StopIteration) when the number of sampled
+    tokens is as near to it as whole batches allow. State holds everything: position, counts, baseline, memory,
+    rollouts not yet used up.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class OnPolicySource:
         *,
         context: TeacherContext | None = None,
         opposite: bool = False,
+        teacher: bool = True,
         advantage: AdvantageConfig = AdvantageConfig(),
         replay: ReplayConfig | None = None,
         remembered: Sequence[Rollout] = (),
@@ -114,11 +116,11 @@ class OnPolicySource:
         seed: int = 0,
     ):
         self._rollouts, self._domain, self._layout = rollouts, domain, layout
-        self._context, self._opposite, self._advantage = context, opposite, advantage
+        self._context, self._opposite, self._teacher, self._advantage = context, opposite, teacher, advantage
         self._memory = Hindsight(replay, domain, seed) if replay else None
         self._updates, self._budget = updates, budget
         self._mean: float | None = None  # moving mean of the reward
-        self._step = self._sampled = self._used = 0
+        self._step = self._sampled = self._draws = self._used = 0
         self._current: list[Rollout] | None = None  # what is handed out again
         if self._memory:
             self._memory.remember(remembered)
@@ -127,7 +129,7 @@ class OnPolicySource:
         """The next batches; StopIteration when the budget is spent."""
         figures: dict[str, float] = {}
         if self._current is None or self._used == self._updates:
-            if self._budget and self._sampled >= self._budget:
+            if self._budget and self._spent():
                 raise StopIteration
             self._current, self._used = self._rollouts.next(params), 0
             figures = self._take(self._current)
@@ -142,11 +144,16 @@ class OnPolicySource:
             tokens["student_tokens"] += batches["replay"]["segment_ids"].sum()
         return batches, figures | {name: float(value) for name, value in (counts | tokens).items()}
 
+    def _spent(self) -> bool:
+        """Whether one more batch would end further from the budget than none."""
+        return self._draws > 0 and self._sampled + self._sampled / (2 * self._draws) >= self._budget
+
     def _take(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
         """Learns from fresh rollouts what later batches need; their figures."""
         rewards = [r.verdict.reward for r in rollouts if r.verdict.reward is not None]
         lengths = [len(r.response_ids) for r in rollouts]
         self._sampled += sum(lengths)
+        self._draws += 1
         reward = float(np.mean(rewards)) if rewards else 0.0
         before = reward if self._mean is None else self._mean
         self._mean = self._advantage.decay * before + (1.0 - self._advantage.decay) * reward
@@ -164,7 +171,7 @@ class OnPolicySource:
     def _batches(self, rollouts: Sequence[Rollout]) -> tuple[dict[str, Batch], dict[str, int]]:
         batch, counts = distill_batch(
             rollouts, self._domain.phrase_ids, self._domain.tokenizer.stop_ids, self._layout,
-            context=self._context, opposite=self._opposite,
+            context=self._context, opposite=self._opposite, teacher=self._teacher,
         )  # fmt: skip
         batch["advantage"] = advantages(rollouts, self._advantage, self._mean)
         if self._advantage.drop_uniform:
@@ -181,6 +188,7 @@ class OnPolicySource:
             "mean": self._mean,
             "step": self._step,
             "sampled": self._sampled,
+            "draws": self._draws,
             "used": self._used,
             "current": None if pending is None else rollouts_to_json(pending),
             "memory": self._memory.get_state() if self._memory else None,
@@ -189,7 +197,7 @@ class OnPolicySource:
     def set_state(self, state: dict[str, Any]) -> None:
         self._rollouts.set_state(state["rollouts"])
         self._mean, self._step, self._sampled = state["mean"], state["step"], state["sampled"]
-        self._used = state["used"]
+        self._draws, self._used = state["draws"], state["used"]
         self._current = None if state["current"] is None else rollouts_from_json(state["current"])
         if self._memory:
             self._memory.set_state(state["memory"])

@@ -194,6 +194,7 @@ def on_policy_source(run: Run, stage: str, config: DistillConfig, method: Method
         rollouts, run.domain, config.layout,
         context=context,
         opposite=config.objective.guidance > 0 and method.uses("self_distillation"),
+        teacher=method.uses("self_distillation"),
         advantage=advantage,
         replay=config.replay if replays else None,
         remembered=collected_attempts(run) if replays and run.result("collect") else (),

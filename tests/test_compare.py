@@ -157,7 +157,7 @@ def test_a_killed_comparison_goes_on_to_the_same_table_at_equal_budgets(tmp_path
     done = subprocess.run(command(whole), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     wanted = comparable(whole)
-    for seconds in (25, 40, 55):
+    for seconds in (30, 60):
         process = subprocess.Popen(command(killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(seconds)
         os.kill(process.pid, signal.SIGKILL)
@@ -170,5 +170,5 @@ def test_a_killed_comparison_goes_on_to_the_same_table_at_equal_budgets(tmp_path
         run = method["seeds"]["0"]
         assert "metrics" in run, (name, run)
         if entry.fill:
-            assert 1.0 <= method["budget_share"] < 1.30, name  # ends with the batch that reaches it
+            assert 0.9 <= method["budget_share"] <= 1.1, name  # as near as whole batches allow
     assert (whole / "compare_paper" / "report" / "comparison.html").stat().st_size > 10_000

@@ -329,15 +329,19 @@ def test_rollouts_are_handed_out_as_often_as_asked_and_counted_once():
     assert figures["student_tokens"] == 8 + 11
     assert figures["teacher_tokens"] == 8 + (1 + 2 + 1 + 3) + (1 + 2 + 2 + 2) + 11
     np.testing.assert_allclose(first["rollouts"]["advantage"], [1, -1, 0, 0], atol=1e-5)
+    _, alone = source(teacher=False)
+    batches, figures = alone.next(None)
+    assert figures["teacher_tokens"] == 0 and not any(name.startswith("rev") for name in batches["rollouts"])
 
 
 def test_a_budget_ends_training_once_it_is_spent():
-    fake, own = source(budget=20, updates=2)
-    for _ in range(4):
-        own.next(None)
-    with pytest.raises(StopIteration):
-        own.next(None)
-    assert fake.drawn == 2  # 22 tokens: the batch in which the budget is reached is used to its end
+    for budget, batches in ((20, 2), (27, 2), (28, 3), (1, 1)):  # 11 tokens a batch: 22 is nearer to 27 than 33
+        fake, own = source(budget=budget, updates=2)
+        for _ in range(2 * batches):
+            own.next(None)
+        with pytest.raises(StopIteration):
+            own.next(None)
+        assert fake.drawn == batches
 
 
 def test_questions_without_a_contrast_can_be_left_out():
