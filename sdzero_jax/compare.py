@@ -283,8 +283,9 @@ def table(summary: Mapping[str, Any]) -> str:
         gap = method["difference"]
         shown = "-"
         if gap:
-            low, high = gap["interval"]
-            shown = f"{gap['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"
+            shown = f"{gap['mean']:+.3f}"
+            if len(gap["seeds"]) > 1:  # one seed says nothing about their spread
+                shown += f" [{gap['interval'][0]:+.3f}, {gap['interval'][1]:+.3f}]"
         mark = "1" if method["at_budget"] else f"x {method['budget_share']:.2f}"
         lines.append(f"{method['label']:<28}{text}{shown:>24}{mark:>9}")
     return "\n".join(lines)
