@@ -50,17 +50,17 @@ BEYOND = (
 )  # fmt: skip
 
 
-
 def rates(*values: str) -> tuple[tuple[str, ...], ...]:
     """A grid over the learning rate: every method gets the same number of points."""
     return tuple((f"train.optimizer.learning_rate={value}",) for value in values)
 
 
+SRT_RATES = tuple((f"srt.optimizer.learning_rate={value}",) for value in ("5e-4", "1e-3", "2e-3", "4e-3"))
 SLOW, FAST = rates("1e-4", "2e-4", "4e-4", "8e-4"), rates("2.5e-4", "5e-4", "1e-3", "2e-3")
 ENTRIES = {
     "base": Entry("base", "base"),
-    "sft": Entry("SFT", settings=("train.method=sft", *SUPERVISED, "train.optimizer.learning_rate=1e-3")),
-    "rft": Entry("RFT", settings=("train.method=rft", *SUPERVISED, "train.optimizer.learning_rate=1e-3")),
+    "sft": Entry("SFT", settings=("train.method=sft", *SUPERVISED, "train.optimizer.learning_rate=1e-3"), grid=FAST),
+    "rft": Entry("RFT", settings=("train.method=rft", *SUPERVISED, "train.optimizer.learning_rate=1e-3"), grid=FAST),
     "grpo": Entry(
         "GRPO",
         settings=(
@@ -68,22 +68,25 @@ ENTRIES = {
             "train.optimizer.learning_rate=5e-4",
         ),
         fill=True,
+        grid=FAST,
     ),
     "sdft": Entry(
         "SDFT",
         settings=("train.method=sdft", "train.samples=1", "train.objective.divergence=forward_kl", *ADAM),
         fill=True,
+        grid=SLOW,
     ),
-    "srt": Entry("SRT", "srt"),
-    "srt_budget": Entry("SRT at full budget", "srt", SRT_AT_BUDGET),
+    "srt": Entry("SRT", "srt", grid=SRT_RATES),
+    "srt_budget": Entry("SRT at full budget", "srt", SRT_AT_BUDGET, grid=SRT_RATES),
     "phase2": Entry(
-        "phase 2 only", settings=("train.method=sdzero", "train.samples=1", *ADAM), fill=True
+        "phase 2 only", settings=("train.method=sdzero", "train.samples=1", *ADAM), fill=True, grid=SLOW
     ),
-    "sdzero": Entry("SD-Zero", settings=SDZERO, fill=True),
+    "sdzero": Entry("SD-Zero", settings=SDZERO, fill=True, grid=SLOW),
     "sdzero_sync": Entry(
         "SD-Zero + sync",
         settings=(*SDZERO, "train.teacher.schedule=sync_every", "train.teacher.sync_steps=64"),
         fill=True,
+        grid=SLOW,
     ),
     "sdzero_grpo": Entry(
         "SD-Zero, then GRPO",
@@ -92,6 +95,7 @@ ENTRIES = {
             "train.updates=2", *POLICY, "train.optimizer.learning_rate=5e-4",
         ),
         fill=True,
+        grid=FAST,
     ),
     "reinforce": Entry(
         "REINFORCE, batch baseline",
@@ -100,9 +104,10 @@ ENTRIES = {
             "train.optimizer.learning_rate=5e-4",
         ),
         fill=True,
+        grid=FAST,
     ),
     "guided_replay": Entry(
-        "guided SD-Zero + replay + sync", settings=("train.method=sdzero_replay", *BEYOND), fill=True
+        "guided SD-Zero + replay + sync", settings=("train.method=sdzero_replay", *BEYOND), fill=True, grid=SLOW
     ),
     "hybrid": Entry(
         "the same + policy gradient",
@@ -111,5 +116,6 @@ ENTRIES = {
             "train.optimizer.clip_norm=1.0", "train.optimizer.learning_rate=5e-4", "train.teacher.sync_steps=8",
         ),
         fill=True,
+        grid=FAST,
     ),
 }  # fmt: skip
