@@ -64,7 +64,11 @@ class Comparison:
 
 
 def load_comparison(path: str, overrides: Sequence[str]) -> Comparison:
-    """The Comparison of a file with `get_comparison()`; overrides are of its config, or seeds=, budget=, directory=."""
+    """The Comparison of a file with `get_comparison()`; overrides are of its config, or of the comparison itself.
+
+    The latter are seeds=, budget=, directory=, tuning_seeds=, reference= and only=["grpo", "sdzero"], which leaves
+    the other entries out.
+    """
     file = pathlib.Path(path)
     if not file.is_file():
         known = [str(p) for p in sorted(pathlib.Path("configs").glob("*.py")) if p.name != "__init__.py"]
@@ -77,10 +81,12 @@ def load_comparison(path: str, overrides: Sequence[str]) -> Comparison:
     if not hasattr(module, "get_comparison"):
         raise UserError(f"{path} has no get_comparison(); it is the config of a run: python run.py {path}")
     comparison = module.get_comparison()
-    own = ("seeds", "budget", "directory", "tuning_seeds")
+    own = ("seeds", "budget", "directory", "tuning_seeds", "reference")
     for assignment in overrides:
         name, _, text = assignment.partition("=")
-        if name in own:
+        if name == "only":
+            comparison = _only(comparison, settings.parse(tuple[str, ...], text, name))
+        elif name in own:
             annotation = settings.field_types(Comparison)[name]
             comparison = dataclasses.replace(comparison, **{name: settings.parse(annotation, text, name)})
         else:
@@ -89,8 +95,19 @@ def load_comparison(path: str, overrides: Sequence[str]) -> Comparison:
     return comparison
 
 
+def _only(comparison: Comparison, names: Sequence[str]) -> Comparison:
+    for name in names:
+        if name not in comparison.entries:
+            raise UserError(f"only={list(names)}: no entry {name!r}{nearest(name, comparison.entries)}")
+    entries = {name: entry for name, entry in comparison.entries.items() if name in names}
+    reference = comparison.reference if comparison.reference in entries else ""
+    return dataclasses.replace(comparison, entries=entries, reference=reference)
+
+
 def check_comparison(comparison: Comparison) -> None:
     """Refuses what cannot run, in every entry, before anything is computed."""
+    if not comparison.entries:
+        raise UserError(f"{comparison.name} has no entries to compare")
     if not comparison.seeds or len(set(comparison.seeds)) < len(comparison.seeds):
         raise UserError(f"seeds={list(comparison.seeds)}; wanted one or more, all different")
     if comparison.budget < 1:

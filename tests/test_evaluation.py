@@ -1,5 +1,6 @@
 """Figures of an evaluation that records alone decide: majority votes, stated answers, revision words, top tokens."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from test_method import CONFIG, EOS, LAYOUT, MODEL, ROLLOUTS, ROWS, as_float64, student_and_teacher
 from test_methods import domain, exact_logp
 
+from sdzero_jax import evaluate
 from sdzero_jax.analysis.token_scores import top_alternatives
 from sdzero_jax.evaluate import evaluation_metrics
 from sdzero_jax.examples import Question
@@ -47,6 +49,12 @@ def test_answers_of_the_embedded_task_and_of_mathematics():
     assert stated(math, r"so \boxed{0.5}") == stated(math, r"<think>\boxed{3}</think> \boxed{\frac12}") == "1/2"
     assert stated(math, "no box") is None and stated(code, r"\boxed{1}") is None
     assert RealProblems.answer(None, math) == r"The answer is \boxed{\frac{1}{2}}."
+
+
+def test_stated_answers_are_recorded_where_a_domain_has_them():
+    with_answers = dataclasses.replace(domain(), stated=lambda question, text: f"{question.id}:{text}")
+    assert evaluate._stated(with_answers, ROLLOUTS[0]) == {"answer": "q:efg"}
+    assert evaluate._stated(domain(), ROLLOUTS[0]) == {}
 
 
 def test_words_of_revision():

@@ -352,7 +352,8 @@ def test_questions_without_a_contrast_can_be_left_out():
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
 def test_a_source_goes_on_where_it_stopped_in_the_middle_of_its_updates(stop):
-    settings = dict(updates=2, replay=ReplayConfig(pairs=4, max_length=24), advantage=AdvantageConfig("batch"), seed=3)
+    replay, advantage = ReplayConfig(pairs=4, max_length=24), AdvantageConfig("batch")
+    settings = dict(updates=2, replay=replay, advantage=advantage, seed=3, budget=44)
     _, whole = source(**settings)
     wanted = [whole.next(None) for _ in range(8)]
     _, first = source(**settings)
@@ -364,6 +365,8 @@ def test_a_source_goes_on_where_it_stopped_in_the_middle_of_its_updates(stop):
         got, got_figures = second.next(None)
         same_batches(got, batches)
         assert got_figures == figures
+    with pytest.raises(StopIteration):  # 4 batches of 11 tokens
+        second.next(None)
 
 
 def test_rollouts_survive_json():
