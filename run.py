@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(function=run_stages, stage=name if name in STAGES else None)
     compare = commands.add_parser("compare", help="methods side by side at equal sampled tokens")
     compare.add_argument("config", help="file with get_comparison()")
-    compare.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings, or seeds=, budget=, only=, directory=")
+    compare.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings; seeds=, budget=, only=, directory=")
     compare.add_argument("--tune", action="store_true", help="try every entry's grid on validation questions instead")
     compare.set_defaults(function=compare_methods)
     report = commands.add_parser("report", help="write the report of runs again")
