@@ -9,28 +9,16 @@ import dataclasses
 
 from configs import demo
 from sdzero_jax.compare import Comparison, Entry
-from sdzero_jax.config import TrainConfig
 
 BUDGET = 98_304  # sampled tokens: 4 responses of 24 tokens for each of 1,024 questions
-SOLUTION = 24.0  # tokens of one
 
 
 def get_comparison() -> Comparison:
     config = demo.get_config()
     replace = dataclasses.replace
-    train = TrainConfig(
-        questions=1024,
-        batch_size=16,
-        expected_tokens=SOLUTION,
-        validate_every=0,
-        sampling=config.distill.sampling,
-        layout=config.distill.layout,
-        optimizer=config.distill.optimizer,
-        max_length=48,
-    )
     config = replace(
         config,
-        train=train,
+        train=replace(config.train, validate_every=0),
         distill=replace(config.distill, rounds=1, validate_every=0),
         # Collapse is a result here, not a reason to stop.
         health=replace(config.health, keep_rate_stop=0.0, min_mean_tokens=0.0),
@@ -39,12 +27,11 @@ def get_comparison() -> Comparison:
 
 
 SRT_AT_BUDGET = ("collect.responses=2",)
-ADAM = ("train.optimizer.schedule=cosine", "train.optimizer.final_fraction=0.1")
 SUPERVISED = ("train.batch_size=64", "train.optimizer.warmup_fraction=0.05", "train.optimizer.clip_norm=1.0")
-POLICY = (*ADAM, "train.optimizer.clip_norm=1.0", "train.optimizer.warmup_fraction=0.05")
-SDZERO = ("train.start=srt", "train.method=sdzero", "train.samples=1", *ADAM)
+POLICY = ("train.optimizer.clip_norm=1.0", "train.optimizer.warmup_fraction=0.05")
+SDZERO = ("train.start=srt", "train.method=sdzero", "train.samples=1")
 BEYOND = (
-    "srt.data.mode=compact", "train.start=srt", "train.samples=1", *ADAM,
+    "srt.data.mode=compact", "train.start=srt", "train.samples=1",
     "train.objective.guidance=1", "train.objective.mask_end=true",
     "train.teacher.schedule=sync_every", "train.teacher.sync_steps=16",
 )  # fmt: skip
@@ -72,14 +59,14 @@ ENTRIES = {
     ),
     "sdft": Entry(
         "SDFT",
-        settings=("train.method=sdft", "train.samples=1", "train.objective.divergence=forward_kl", *ADAM),
+        settings=("train.method=sdft", "train.samples=1", "train.objective.divergence=forward_kl"),
         fill=True,
         grid=SLOW,
     ),
     "srt": Entry("SRT", "srt", grid=SRT_RATES),
     "srt_budget": Entry("SRT at full budget", "srt", SRT_AT_BUDGET, grid=SRT_RATES),
     "phase2": Entry(
-        "phase 2 only", settings=("train.method=sdzero", "train.samples=1", *ADAM), fill=True, grid=SLOW
+        "phase 2 only", settings=("train.method=sdzero", "train.samples=1"), fill=True, grid=SLOW
     ),
     "sdzero": Entry("SD-Zero", settings=SDZERO, fill=True, grid=SLOW),
     "sdzero_sync": Entry(

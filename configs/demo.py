@@ -8,7 +8,7 @@ Expected:  see docs/RESULTS.md; about 6 minutes, of which training the base take
 from sdzero_jax.batches import DistillLayout
 from sdzero_jax.checkpoint import CheckpointConfig
 from sdzero_jax.collect import CollectConfig
-from sdzero_jax.config import BaseConfig, Config, DistillConfig, SrtConfig
+from sdzero_jax.config import BaseConfig, Config, DistillConfig, SrtConfig, TrainConfig
 from sdzero_jax.evaluate import EvaluateConfig
 from sdzero_jax.health import HealthConfig
 from sdzero_jax.methods import SrtData
@@ -24,6 +24,10 @@ def get_config() -> Config:
     two_solutions = SamplingConfig(temperature=1.0, max_new_tokens=72)
     # Distillation reads one solution: a teacher shown several attempts was never trained on that.
     one_solution = SamplingConfig(temperature=1.0, max_new_tokens=30)
+    layout = DistillLayout(max_prompt=15, max_response=30)
+    gentle = OptimizerConfig(
+        learning_rate=4e-4, schedule="cosine", warmup_fraction=0.3, final_fraction=0.1, clip_norm=0.1
+    )
     return Config(
         model=DecoderConfig(
             vocab_size=20,
@@ -53,14 +57,17 @@ def get_config() -> Config:
             rounds=2,
             batch_size=16,
             sampling=one_solution,
-            layout=DistillLayout(max_prompt=15, max_response=30),
-            optimizer=OptimizerConfig(
-                learning_rate=4e-4,
-                schedule="cosine",
-                warmup_fraction=0.3,
-                final_fraction=0.1,
-                clip_norm=0.1,
-            ),
+            layout=layout,
+            optimizer=gentle,
+        ),
+        # Any other method, after the demo: python run.py train configs/demo.py train.method=grpo train.samples=4 --fork
+        train=TrainConfig(
+            expected_tokens=24.0,
+            validate_every=32,
+            sampling=one_solution,
+            layout=layout,
+            optimizer=gentle,
+            max_length=48,
         ),
         evaluate=EvaluateConfig(questions=512, k=4, sampling=two_solutions),
         health=HealthConfig(min_mean_tokens=12.0),

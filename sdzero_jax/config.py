@@ -75,7 +75,7 @@ class DistillConfig:
     samples: Annotated[int, "responses per question of a step"] = 1
     updates: Annotated[int, "steps with the same responses"] = 1
     microbatches: Annotated[int, "parts that a batch is cut into, to save memory; the result is the same"] = 1
-    budget: Annotated[int, "sampled tokens after which training ends; 0: passes over the questions decide"] = 0
+    budget: Annotated[int, "sampled tokens after which a round ends; 0: passes over the questions decide"] = 0
     expected_tokens: Annotated[float, "mean response length, from which a budget plans its number of steps"] = 0.0
     prefetch: Annotated[bool, "sample a batch while the one before is trained on, from parameters one step old"] = False
     validate_every: Annotated[int, "steps between accuracy checks on validation questions; 0 is never"] = 32
@@ -202,6 +202,10 @@ def _validate_on_policy(path: str, config: DistillConfig) -> None:
         raise UserError(
             f"{path}.microbatches={config.microbatches} does not divide {path}.batch_size x {path}.samples = "
             f"{config.batch_size * config.samples}"
+        )
+    if method.uses("replay") and config.replay.pairs % config.microbatches:
+        raise UserError(
+            f"{path}.microbatches={config.microbatches} does not divide {path}.replay.pairs={config.replay.pairs}"
         )
     if config.budget and config.expected_tokens <= 0:
         raise UserError(f"{path}.budget={config.budget} needs {path}.expected_tokens > 0, to plan the number of steps")

@@ -124,15 +124,14 @@ def distill(run: Run, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def train(run: Run, folder: pathlib.Path) -> dict[str, Any]:
-    """Any method alone, and its model on the test questions."""
+    """Any method alone."""
     config = run.config.train
-    params, _ = run.params(config.start)
+    params, metadata = run.params(config.start)
+    check_provenance(metadata, run.provenance)
     method = find_method(config.method, config.weights)
     if method.on_policy:
-        outcome = on_policy(run, "train", folder, config, params)
-    else:
-        outcome = off_policy(run, folder, config, method, params)
-    return outcome
+        return on_policy(run, "train", folder, config, params)
+    return off_policy(run, folder, config, method, params)
 
 
 def check_provenance(trained: dict[str, Any], current: dict[str, Any]) -> None:

@@ -275,7 +275,8 @@ def check_fit(run: Run, stage: str | None = None) -> None:
             )
     parts = sharding.batch_devices(run.mesh)
     sizes = {"srt.batch_size": config.srt.batch_size, "distill.batch_size": config.distill.batch_size}
-    sizes |= {"train.batch_size": config.train.batch_size} if stage == "train" else {}
+    if stage == "train":
+        sizes |= {"train.batch_size": config.train.batch_size, "train.replay.pairs": config.train.replay.pairs}
     if config.problems.train:
         sizes["base.batch_size"] = config.base.batch_size
         asked = {"train": max(config.collect.questions, config.distill.questions)}

@@ -81,6 +81,7 @@ def fit(
                 try:
                     state, figures = _one_step(state, step_fn, source, step, total_steps, hooks)
                 except StopIteration:  # the source has spent its budget
+                    bar.advance_to(step - 1, step - 1, {})
                     checkpointer.save(step - 1, state, source.get_state(), metadata)
                     break
                 reason = _unhealthy(figures) or (hooks.check(figures) if hooks.check else None)
