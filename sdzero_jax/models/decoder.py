@@ -397,6 +397,7 @@ class LanguageModel:
         config = dataclasses.replace(self.config, attention="reference")  # a kernel's device may be elsewhere
         return _Decoder(config).init(key, tokens, self._where(tokens, tokens, None, "any"))["params"]
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - tracing takes 0.1 s and samplers ask at every session
     def _abstract(self):
         return jax.eval_shape(self._boxed, jax.random.key(0))
 
