@@ -5,7 +5,6 @@ is computed once, a changed setting re-runs what it touches, and a killed compar
 """
 
 import dataclasses
-import importlib.util
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 
 from sdzero_jax import settings, statistics
 from sdzero_jax.analysis import write_comparison
-from sdzero_jax.config import Config, validate
+from sdzero_jax.config import Config, load_from, validate
 from sdzero_jax.errors import HealthStop, UserError, nearest
 from sdzero_jax.files import read_json, write_json_atomic
 from sdzero_jax.ledger import Ledger
@@ -69,18 +68,7 @@ def load_comparison(path: str, overrides: Sequence[str]) -> Comparison:
     The latter are seeds=, budget=, directory=, tuning_seeds=, reference= and only=["grpo", "sdzero"], which leaves
     the other entries out.
     """
-    file = pathlib.Path(path)
-    if not file.is_file():
-        known = [str(p) for p in sorted(pathlib.Path("configs").glob("*.py")) if p.name != "__init__.py"]
-        raise UserError(f"no config file {path!r}{nearest(path, known)}")
-    spec = importlib.util.spec_from_file_location(f"comparison_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} is not a Python file; a comparison is a .py file with get_comparison()")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_comparison"):
-        raise UserError(f"{path} has no get_comparison(); it is the config of a run: python run.py {path}")
-    comparison = module.get_comparison()
+    comparison = load_from(path, "get_comparison", Comparison)
     own = ("seeds", "budget", "directory", "tuning_seeds", "reference")
     for assignment in overrides:
         name, _, text = assignment.partition("=")

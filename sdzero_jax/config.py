@@ -7,7 +7,7 @@ it owns. Leaves out parsing and help (`settings`).
 import dataclasses
 import importlib.util
 import pathlib
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from sdzero_jax import settings
 from sdzero_jax.batches import DistillLayout
@@ -29,6 +29,8 @@ from sdzero_jax.sharding import MeshConfig
 from sdzero_jax.sources import AdvantageConfig, ReplayConfig
 from sdzero_jax.tasks import TaskConfig
 from sdzero_jax.teacher import TeacherConfig
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,21 +219,30 @@ def _validate_on_policy(path: str, config: DistillConfig) -> None:
 
 def load_config(path: str) -> Config:
     """The Config of a file with `get_config()`, by its path."""
+    return load_from(path, "get_config", Config)
+
+
+def load_from(path: str, function: str, wanted: type[T]) -> T:
+    """What `function` of the Python file at `path` returns; UserError for whatever is wrong with the file."""
     file = pathlib.Path(path)
     if not file.is_file():
         known = [str(p) for p in sorted(pathlib.Path("configs").glob("*.py")) if p.name != "__init__.py"]
         raise UserError(f"no config file {path!r}{nearest(path, known)}")
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise UserError(f"{path} is not a Python file; a config is a .py file with get_config()")
+        raise UserError(f"{path} is not a Python file; a config is a .py file with {function}()")
     module = importlib.util.module_from_spec(spec)
+    commands = {"get_config": f"python run.py {path}", "get_comparison": f"python run.py compare {path}"}
     try:
         spec.loader.exec_module(module)
-        config = module.get_config()
+        for other, command in commands.items():
+            if not hasattr(module, function) and hasattr(module, other):
+                raise UserError(f"{path} has no {function}() but {other}(): {command}")
+        made = getattr(module, function)()
     except UserError:
         raise
     except Exception as error:  # whatever a config file raises is the user's to mend
         raise UserError(f"config {path} cannot be used: {type(error).__name__}: {error}") from None
-    if not isinstance(config, Config):
-        raise UserError(f"config {path}: get_config() returned {type(config).__name__}, wanted Config")
-    return config
+    if not isinstance(made, wanted):
+        raise UserError(f"config {path}: {function}() returned {type(made).__name__}, wanted {wanted.__name__}")
+    return made

@@ -59,7 +59,7 @@ def test_what_cannot_run_is_refused_before_anything_is_written(change, message, 
 def test_files_that_are_no_comparison(tmp_path):
     with pytest.raises(UserError, match=r"no config file .*did you mean 'configs/compare_paper.py'"):
         compare.load_comparison("configs/compare_papr.py", [])
-    with pytest.raises(UserError, match=r"no get_comparison\(\); it is the config of a run"):
+    with pytest.raises(UserError, match=r"no get_comparison\(\) but get_config\(\): python run.py configs/demo.py"):
         compare.load_comparison("configs/demo.py", [])
     with pytest.raises(UserError, match="seeds=x"):
         comparison("seeds=x")
