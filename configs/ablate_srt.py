@@ -2,7 +2,7 @@
 
 Command:   python run.py compare configs/ablate_srt.py
 Hardware:  2 CPU cores, 2 GB of memory
-Expected:  docs/RESULTS.md has what was run
+Expected:  not run at full size yet
 """
 
 import dataclasses

@@ -5,11 +5,16 @@ one was cut by a crash: it is dropped and made again, with the same random numbe
 """
 
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
+from sdzero_jax import signals
+from sdzero_jax.errors import Stopped
 from sdzero_jax.files import append_jsonl, read_jsonl_repaired
-from sdzero_jax.progress import say
+from sdzero_jax.progress import Progress, say
+
+T = TypeVar("T")
+Records = Sequence[Mapping[str, Any]]
 
 
 class ChunkLog:
@@ -48,3 +53,28 @@ class ChunkLog:
         append_jsonl(self._path, [*records, closing])
         self.records += [dict(record) for record in records]
         self.closings.append(closing)
+
+
+def fill(
+    log: ChunkLog,
+    name: str,
+    items: Sequence[T],
+    size: int,
+    make: Callable[[int, Sequence[T]], tuple[Records, Mapping[str, Any]]],
+    figures: Callable[[], Mapping[str, float]],
+) -> None:
+    """Makes the chunks of `items` that `log` lacks, `size` items each, with progress under `name`.
+
+    Args:
+      make: (number of the chunk, its items) -> (records, counts of its closing record).
+      figures: what the progress line shows after a chunk.
+    Raises Stopped between two chunks on a signal.
+    """
+    starts = range(0, len(items), size)
+    with Progress(name, len(items), min(log.done * size, len(items)), "q") as bar:
+        for number in range(log.done, len(starts)):
+            if signum := signals.requested():
+                raise Stopped(signum, f"{name}: {number} of {len(starts)} chunks are written")
+            part = items[starts[number] : starts[number] + size]
+            log.append(*make(number, part))
+            bar.update(len(part), figures())

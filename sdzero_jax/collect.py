@@ -9,12 +9,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from sdzero_jax import signals
 from sdzero_jax.batches import strip_end
-from sdzero_jax.chunks import ChunkLog
-from sdzero_jax.errors import Stopped
+from sdzero_jax.chunks import ChunkLog, fill
 from sdzero_jax.examples import Question, RevisionTrace, Rollout, kept
-from sdzero_jax.progress import Progress
 from sdzero_jax.rollouts import (
     Domain,
     SamplingConfig,
@@ -53,20 +50,17 @@ def collect(
     Goes on where an earlier call stopped. Raises Stopped between two chunks on a signal.
     """
     log = ChunkLog(path)
-    traces = [RevisionTrace.from_json(record) for record in log.records]
-    starts = range(0, len(questions), config.chunk)
-    with Progress("collect", len(questions), min(log.done * config.chunk, len(questions)), "q") as bar:
-        for number in range(log.done, len(starts)):
-            if signum := signals.requested():
-                raise Stopped(signum, f"collect: {number} of {len(starts)} chunks are written")
-            chunk = questions[starts[number] : starts[number] + config.chunk]
-            fresh, counts = _collect_chunk(config, domain, sampler, params, chunk, f"collect/{number:06d}", seed)
-            log.append([trace.to_json() for trace in fresh], counts)
-            traces += fresh
-            summary = collection_summary(traces, log.closings)
-            shown = ("init_accuracy", "revised_accuracy", "kept")
-            bar.update(len(chunk), {name: summary[name] for name in shown})
-    return traces, collection_summary(traces, log.closings)
+
+    def make(number: int, part: Sequence[Question]):
+        traces, counts = _collect_chunk(config, domain, sampler, params, part, f"collect/{number:06d}", seed)
+        return [trace.to_json() for trace in traces], counts
+
+    def summary() -> dict[str, float]:
+        return collection_summary([RevisionTrace.from_json(record) for record in log.records], log.closings)
+
+    shown = ("init_accuracy", "revised_accuracy", "kept")
+    fill(log, "collect", questions, config.chunk, make, lambda: {name: summary()[name] for name in shown})
+    return [RevisionTrace.from_json(record) for record in log.records], summary()
 
 
 def _collect_chunk(config: CollectConfig, domain: Domain, sampler, params, questions, label: str, seed: int):
@@ -115,18 +109,17 @@ def sample(
 ) -> tuple[list[Rollout], dict[str, float]]:
     """Writes n graded responses per question to `path`; returns them and their counts. Goes on like `collect`."""
     log = ChunkLog(path)
-    starts = range(0, len(questions), chunk)
-    with Progress("sample", len(questions), min(log.done * chunk, len(questions)), "q") as bar:
-        for number in range(log.done, len(starts)):
-            if signum := signals.requested():
-                raise Stopped(signum, f"sample: {number} of {len(starts)} chunks are written")
-            part = questions[starts[number] : starts[number] + chunk]
-            fresh = sample_responses(
-                domain, sampler, params, part, config, label=f"sample/{number:06d}", seed=seed, n=n
-            )
-            log.append(rollouts_to_json(fresh), {"questions": len(part)})
-            right = [record["verdict"]["reward"] or 0.0 for record in log.records]
-            bar.update(len(part), {"accuracy": sum(right) / len(right)})
+
+    def make(number: int, part: Sequence[Question]):
+        label = f"sample/{number:06d}"
+        fresh = sample_responses(domain, sampler, params, part, config, label=label, seed=seed, n=n)
+        return rollouts_to_json(fresh), {"questions": len(part)}
+
+    def figures() -> dict[str, float]:
+        right = [record["verdict"]["reward"] or 0.0 for record in log.records]
+        return {"accuracy": sum(right) / len(right)}
+
+    fill(log, "sample", questions, chunk, make, figures)
     rollouts = rollouts_from_json(log.records)
     tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     return rollouts, {"questions": len(questions), "generations": len(rollouts), "sampled_tokens": tokens}

@@ -13,9 +13,10 @@ import numpy as np
 
 from sdzero_jax import settings, statistics
 from sdzero_jax.analysis import write_comparison
+from sdzero_jax.chunks import ChunkLog
 from sdzero_jax.config import Config, load_from, validate
 from sdzero_jax.errors import HealthStop, UserError, nearest
-from sdzero_jax.files import read_json, write_json_atomic
+from sdzero_jax.files import write_json_atomic
 from sdzero_jax.ledger import Ledger
 from sdzero_jax.locks import exclusive
 from sdzero_jax.pipeline import evaluate_stage, run_stage
@@ -267,8 +268,6 @@ def _difference(own: Mapping[str, Any], other: Mapping[str, Any], metric: str) -
 
 def _per_question(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Question -> mean reward of its first attempts, from the recorded responses; in the order of the file."""
-    from sdzero_jax.chunks import ChunkLog
-
     rewards: dict[str, list[float]] = {}
     for record in ChunkLog(pathlib.Path(metrics["responses"])).records:
         own = rewards.setdefault(record["question_id"], [])
@@ -295,7 +294,3 @@ def table(summary: Mapping[str, Any]) -> str:
         lines.append(f"{method['label']:<28}{text}{shown:>24}{mark:>9}")
     return "\n".join(lines)
 
-
-def load_summary(folder: pathlib.Path) -> dict[str, Any]:
-    """What `compare` wrote."""
-    return read_json(folder / "comparison.json")

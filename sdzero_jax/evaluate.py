@@ -14,11 +14,9 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from sdzero_jax import signals, statistics
-from sdzero_jax.chunks import ChunkLog
-from sdzero_jax.errors import Stopped
+from sdzero_jax import statistics
+from sdzero_jax.chunks import ChunkLog, fill
 from sdzero_jax.examples import Question, Rollout, Verdict
-from sdzero_jax.progress import Progress
 from sdzero_jax.prompts import revision_words
 from sdzero_jax.rollouts import Domain, SamplingConfig, sample_and_revise, sample_responses, sample_revisions
 from sdzero_jax.sampler import Sampler
@@ -54,17 +52,17 @@ def evaluate(
         for `fix` and `keep`; None when this is the base model.
     """
     log = ChunkLog(path)
-    starts = range(0, len(questions), config.chunk)
     base: dict[str, list] = {}
     for record in base_records or ():
         base.setdefault(record["question_id"], []).append(record)
-    with Progress(f"eval {name}", len(questions), min(log.done * config.chunk, len(questions)), "q") as bar:
-        for number in range(log.done, len(starts)):
-            if signum := signals.requested():
-                raise Stopped(signum, f"evaluate {name}: {number} of {len(starts)} chunks are written")
-            chunk = questions[starts[number] : starts[number] + config.chunk]
-            log.append(_evaluate_chunk(config, domain, sampler, params, chunk, base, number, seed), {})
-            bar.update(len(chunk), {"accuracy": evaluation_metrics(log.records, config.k)[f"avg@{config.k}"]})
+
+    def make(number: int, part: Sequence[Question]):
+        return _evaluate_chunk(config, domain, sampler, params, part, base, number, seed), {}
+
+    def figures() -> dict[str, float]:
+        return {"accuracy": evaluation_metrics(log.records, config.k)[f"avg@{config.k}"]}
+
+    fill(log, f"eval {name}", questions, config.chunk, make, figures)
     return log.records, evaluation_metrics(log.records, config.k)
 
 

@@ -81,12 +81,17 @@ def phrase_tokens(config: Config) -> int:
     return max(len(phrases.text(reward).encode()) for reward in (0.0, 1.0))
 
 
+def rows_at_once(config: Config) -> int:
+    """Responses that phase 2's forward and backward pass hold together."""
+    return config.distill.batch_size * config.distill.samples // config.distill.microbatches
+
+
 def batch_of(config: Config) -> dict[str, np.ndarray]:
     """A batch of the shapes that the run has: made by the function that makes the run's."""
     rollout = Rollout(Question("", "", ("",), ""), (0,), (0,), (0.0,), "length", Verdict.of("wrong"))
     phrase = (0,) * phrase_tokens(config)
     distill = config.distill
-    batch, _ = distill_batch([rollout] * distill.batch_size, lambda reward: phrase, (), distill.layout)
+    batch, _ = distill_batch([rollout] * rows_at_once(config), lambda reward: phrase, (), distill.layout)
     return batch
 
 
@@ -103,7 +108,7 @@ def estimate(config: Config, mesh) -> Estimate:
     """What a distillation run needs on each device of `mesh`, which may be abstract."""
     optimizer = make_optimizer(config.distill.optimizer, 100)
     whole = abstract_state(LanguageModel(config.model), optimizer, mesh, teacher_config=config.distill.teacher)
-    rows = -(-config.distill.batch_size // sharding.batch_devices(mesh))
+    rows = -(-rows_at_once(config) // sharding.batch_devices(mesh))
     student, teacher = lengths(config)
     local = local_model(config.model, mesh.shape["tensor"])
     state = {
@@ -199,14 +204,14 @@ def _vocabulary(config: Config, local: DecoderConfig, rows: int, mesh) -> dict[s
 def _sampling(config: Config, mesh) -> dict[str, float]:
     """Cache, prompts being read and weights of the larger of the two samplers that run beside the state.
 
-    Rollouts have a slot per row of the batch, validation has the sampler's; both have room for a revision.
+    Every sampler of a run has at most the configured slots, and each slot room for a revision.
     """
     distill, sampler, model = config.distill, config.sampler, config.model
     shape = tuple(mesh.shape.values())
     if sampler.weights == "tensor":
         shape = sharding.rollout_shape(shape, model.num_kv_heads)
     parts, local = shape[0] * shape[1], local_model(model, shape[2])
-    slots = -(-max(distill.batch_size, sampler.slots) // parts)
+    slots = -(-sampler.slots // parts)
     longest = max(
         distill.sampling.max_new_tokens, *(2 * c.sampling.max_new_tokens for c in (config.collect, config.evaluate))
     )

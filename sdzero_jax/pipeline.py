@@ -127,7 +127,8 @@ def train(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     """Any method alone."""
     config = run.config.train
     params, metadata = run.params(config.start)
-    check_provenance(metadata, run.provenance)
+    if config.start != "base":  # which runs of other phrases share, and which was trained to read none
+        check_provenance(metadata, run.provenance)
     method = find_method(config.method, config.weights)
     if method.on_policy:
         return on_policy(run, "train", folder, config, params)

@@ -77,7 +77,9 @@ class AdvantageConfig:
         "reward, normalised by its deviation (REINFORCE); none: the reward itself; empty: the method's own",
     ] = ""
     decay: Annotated[float, "decay of the moving mean, from one batch to the next"] = 0.9
-    drop_uniform: Annotated[bool, "leave out questions whose samples all have one reward (dynamic sampling)"] = False
+    drop_uniform: Annotated[
+        bool, "leave out questions whose samples all have one reward; no others take their place"
+    ] = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,7 @@ class OnPolicySource:
         self._memory = Hindsight(replay, domain, seed) if replay else None
         self._updates, self._budget = updates, budget
         self._mean: float | None = None  # moving mean of the reward
-        self._step = self._sampled = self._draws = self._used = 0
+        self._sampled = self._draws = self._used = 0
         self._current: list[Rollout] | None = None  # what is handed out again
         if self._memory:
             self._memory.remember(remembered)
@@ -134,7 +136,6 @@ class OnPolicySource:
             self._current, self._used = self._rollouts.next(params), 0
             figures = self._take(self._current)
         self._used += 1
-        self._step += 1
         batches, counts = self._batches(self._current)
         tokens = {
             "student_tokens": batches["rollouts"]["gen_segment_ids"].sum(),
@@ -178,7 +179,7 @@ class OnPolicySource:
             batch["mask"] *= _mixed_groups(rollouts)[:, None]
         batches = {"rollouts": batch}
         if self._memory:
-            batches["replay"] = self._memory.batch(self._step)
+            batches["replay"] = self._memory.batch((self._draws - 1) * self._updates + self._used)
         return batches, counts
 
     def get_state(self) -> dict[str, Any]:
@@ -186,7 +187,6 @@ class OnPolicySource:
         return {
             "rollouts": self._rollouts.get_state(),
             "mean": self._mean,
-            "step": self._step,
             "sampled": self._sampled,
             "draws": self._draws,
             "used": self._used,
@@ -196,7 +196,7 @@ class OnPolicySource:
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._rollouts.set_state(state["rollouts"])
-        self._mean, self._step, self._sampled = state["mean"], state["step"], state["sampled"]
+        self._mean, self._sampled = state["mean"], state["sampled"]
         self._draws, self._used = state["draws"], state["used"]
         self._current = None if state["current"] is None else rollouts_from_json(state["current"])
         if self._memory:

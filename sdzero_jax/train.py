@@ -39,7 +39,8 @@ class Hooks:
 
     after_step: (completed steps, state, figures) -> (state, figures), e.g. a teacher synchronisation; the
       figures it is given hold those of a validation after this step.
-    validate: (parameters, completed steps) -> figures, every `validate_every` steps and at the end.
+    validate: (parameters, completed steps) -> figures, every `validate_every` steps and after the last,
+      which a source that ends early does not have.
     check: figures of a step -> None, or a reason to stop.
     """
 

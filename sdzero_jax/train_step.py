@@ -166,7 +166,8 @@ def accumulated(loss_fn: LossFn, denominators: Callable[[Any], tuple[jax.Array, 
     """The gradient of `loss_fn` over a batch of named batches, computed `parts` rows at a time.
 
     Rows are dealt out so that a device's stay on it. Denominators are taken over the whole batch first, so the
-    result is that of one large batch; gradients are added in float32. Every batch's rows must divide by `parts`.
+    result is that of one large batch; gradients are added in float32. Metrics add up too, so logprob_diff_max
+    becomes the mean of the parts' maxima. Every batch's rows must divide by `parts`.
     """
 
     def gradient(params, teacher, batches):

@@ -183,7 +183,7 @@ def on_policy_source(run: Run, stage: str, config: DistillConfig, method: Method
     questions = run.problems.questions("train", config.questions)
     rollouts = RolloutIterator(
         shuffled_batches(questions, config.batch_size, seed=run.config.seed * 1000 + number),
-        run.domain, run.sampler(config.batch_size * config.samples), config.sampling,
+        run.domain, run.sampler(min(config.batch_size * config.samples, run.config.sampler.slots)), config.sampling,
         label=f"{stage}/{number}", seed=run.config.seed, n=config.samples, prefetch=config.prefetch,
     )  # fmt: skip
     texts = {"demonstration": run.problems.demonstration, "answer": run.problems.answer}

@@ -137,6 +137,7 @@ def test_a_recorded_model_with_an_unknown_setting_is_refused(trained, tmp_path):
     fields = dataclasses.asdict(model.config) | {"hiden_size": 16}
     (directory / "config.json").write_text(json.dumps({"model": fields}))
     refused("unknown model setting 'hiden_size'; did you mean 'hidden_size'", directory / "srt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------------ what is refused
@@ -160,7 +161,10 @@ def test_files_of_others_are_not_overwritten(source, tmp_path):
 
 def test_a_run_is_not_overwritten_by_a_conversion(trained, tmp_path):
     directory, *_ = trained
+    files = lambda: {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}  # noqa: E731
+    before = files()
     refused("not converted here", DATA / "goldens" / "olmo3", directory / "srt" / "params")
+    assert files() == before
 
 
 @pytest.mark.parametrize(
@@ -186,6 +190,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
     shutil.rmtree(orbax / "0" / "state")
     (orbax / "0" / "state").mkdir()
     refused("cannot be read as parameters", orbax, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_conversion_that_fails_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):

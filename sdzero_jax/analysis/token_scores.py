@@ -51,6 +51,13 @@ def top_batch(model: LanguageModel, student, teacher, batch: Batch, count: int):
     return {"student": likeliest(student, "gen"), "teacher": likeliest(teacher, "rev")}
 
 
+def _padded(rollouts: Sequence[Rollout], rows: int, domain: Domain, layout: DistillLayout, mesh):
+    """A distillation batch of `rows` rows, on the host and on the mesh; the repeated rows are not read."""
+    full = [*rollouts, *[rollouts[-1]] * (rows - len(rollouts))]
+    batch, _ = distill_batch(full, domain.phrase_ids, domain.tokenizer.stop_ids, layout)
+    return batch, batch if mesh is None else sharding.shard_batch(mesh, batch)
+
+
 def top_alternatives(
     model: LanguageModel,
     student: Any,
@@ -66,9 +73,7 @@ def top_alternatives(
     if not rollouts:
         return []
     rows = sharding.batch_devices(mesh) if mesh is not None else 1
-    full = [*rollouts, *[rollouts[-1]] * (-len(rollouts) % rows)]
-    batch, _ = distill_batch(full, domain.phrase_ids, domain.tokenizer.stop_ids, layout)
-    arrays = batch if mesh is None else sharding.shard_batch(mesh, batch)
+    _, arrays = _padded(rollouts, -(-len(rollouts) // rows) * rows, domain, layout, mesh)
     with sharding.use(mesh):
         tops = jax.device_get(top_batch(model, student, teacher, arrays, count))
     return [
@@ -107,9 +112,7 @@ def localisation_records(
     records = []
     for start in range(0, len(rollouts), batch_size):
         part = list(rollouts[start : start + batch_size])
-        full = part + [part[-1]] * (batch_size - len(part))  # one shape; the repeated rows are not read
-        batch, _ = distill_batch(full, domain.phrase_ids, domain.tokenizer.stop_ids, layout)
-        arrays = batch if mesh is None else sharding.shard_batch(mesh, batch)
+        batch, arrays = _padded(part, batch_size, domain, layout, mesh)
         with sharding.use(mesh):
             scores = jax.device_get(score_batch(model, student, teacher, arrays, divergence))
         for row, rollout in enumerate(part):
