@@ -19,6 +19,7 @@ from sdzero_jax.health import HealthConfig
 from sdzero_jax.losses import get_divergence
 from sdzero_jax.methods import SrtData, find_method
 from sdzero_jax.models import DecoderConfig
+from sdzero_jax.models.lora import LoraConfig
 from sdzero_jax.objectives import CrossEntropy, PolicyGradient, SelfDistillation
 from sdzero_jax.optimizer import OptimizerConfig
 from sdzero_jax.problems import ProblemsConfig
@@ -29,6 +30,7 @@ from sdzero_jax.sharding import MeshConfig
 from sdzero_jax.sources import AdvantageConfig, ReplayConfig
 from sdzero_jax.tasks import TaskConfig
 from sdzero_jax.teacher import TeacherConfig
+from sdzero_jax.train_step import NO_LORA
 
 T = TypeVar("T")
 
@@ -59,6 +61,7 @@ class SrtConfig:
     batch_size: Annotated[int, "traces per step"] = 64
     data: SrtData = SrtData()
     objective: CrossEntropy = CrossEntropy()
+    lora: LoraConfig = NO_LORA
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_fraction=0.05)
     checkpoint: CheckpointConfig = CheckpointConfig(every=25, keep_best=0)
 
@@ -90,6 +93,7 @@ class DistillConfig:
     advantage: AdvantageConfig = AdvantageConfig()
     replay: ReplayConfig = ReplayConfig()
     teacher: TeacherConfig = TeacherConfig()
+    lora: LoraConfig = NO_LORA
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig(every=32)
 

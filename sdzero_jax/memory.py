@@ -29,7 +29,7 @@ from sdzero_jax.models import DecoderConfig, LanguageModel, cache_bytes
 from sdzero_jax.ops.linear_divergence import default_tile
 from sdzero_jax.optimizer import learning_rate_schedule, make_optimizer
 from sdzero_jax.prompts import control_phrases
-from sdzero_jax.train_step import TrainStep, abstract_state, make_train_step
+from sdzero_jax.train_step import TrainStep, abstract_frozen, abstract_state, make_train_step
 
 # Copies of one layer's activations [rows, tokens, width] that exist at once, in the compute dtype. Counted in
 # the programs that the TPU compiler makes for both families.
@@ -72,7 +72,10 @@ def train_step(config: Config, mesh) -> TrainStep:
     model, distill = LanguageModel(config.model), config.distill
     loss_fn = functools.partial(objectives.self_distillation, distill.objective, model)
     optimizer, schedule = make_optimizer(distill.optimizer, 100), learning_rate_schedule(distill.optimizer, 100)
-    return make_train_step(loss_fn, model, optimizer, mesh, teacher_config=distill.teacher, schedule=schedule)
+    return make_train_step(
+        loss_fn, model, optimizer, mesh, teacher_config=distill.teacher, schedule=schedule,
+        adapters=distill.lora, frozen=abstract_frozen(model, mesh, distill.lora),
+    )  # fmt: skip
 
 
 def phrase_tokens(config: Config) -> int:
@@ -106,18 +109,20 @@ def lengths(config: Config) -> tuple[int, int]:
 
 def estimate(config: Config, mesh) -> Estimate:
     """What a distillation run needs on each device of `mesh`, which may be abstract."""
+    model, adapters = LanguageModel(config.model), config.distill.lora
     optimizer = make_optimizer(config.distill.optimizer, 100)
-    whole = abstract_state(LanguageModel(config.model), optimizer, mesh, teacher_config=config.distill.teacher)
+    whole = abstract_state(model, optimizer, mesh, teacher_config=config.distill.teacher, adapters=adapters)
+    frozen = abstract_frozen(model, mesh, adapters)
     rows = -(-rows_at_once(config) // sharding.batch_devices(mesh))
     student, teacher = lengths(config)
     local = local_model(config.model, mesh.shape["tensor"])
     state = {
-        "parameters": _bytes(whole.params),
+        "parameters": _bytes(frozen) + _bytes(whole.params),
         "optimizer state": _bytes(whole.opt_state),
         "teacher": _bytes(whole.teacher),
     }
-    gradients = state["parameters"]
-    copies = _compute_copies(whole.params, config.model)
+    gradients = _bytes(whole.params)
+    copies = _compute_copies(frozen or whole.params, config.model)
     kept = residuals(local, rows, student)
     vocabulary = _vocabulary(config, local, rows, mesh)
     forward = _workspace(local, rows, _FORWARD)
@@ -196,7 +201,7 @@ def _vocabulary(config: Config, local: DecoderConfig, rows: int, mesh) -> dict[s
     return {
         "hidden states of the response": 3 * tokens * local.hidden_size * item,
         "gathered unembeddings": gathered,
-        "unembedding's gradient (float32)": table * 4.0,
+        "unembedding's gradient (float32)": 0.0 if config.distill.lora.rank else table * 4.0,
         "logit tiles": _TILES * default_tile(tokens, local.vocab_size) * local.vocab_size * 4,
     }
 

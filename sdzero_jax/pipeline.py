@@ -69,7 +69,7 @@ def base(run: Run, folder: pathlib.Path) -> dict[str, Any]:
             source = SequenceSource(sequences, config.batch_size, config.max_length, run.config.seed)
         else:
             source = CorpusSource(run.task.corpus_batch)
-        params = train_cross_entropy(run, "base", folder, params, source, config.steps, config).params
+        params = train_cross_entropy(run, "base", folder, params, source, config.steps, config)
     save_params(folder / "params", params, run.provenance)
     return {"steps": config.steps}
 
@@ -110,7 +110,9 @@ def srt(run: Run, folder: pathlib.Path) -> dict[str, Any]:
         source = SequenceSource(training, config.batch_size, config.data.max_length, run.config.seed + number)
         hooks = held_out_hooks(run, held_out, config)
         where = folder if len(stages) == 1 else folder / f"round_{number + 1}"
-        params = train_cross_entropy(run, f"srt {stage.name}", where, params, source, steps, config, hooks).params
+        params = train_cross_entropy(
+            run, f"srt {stage.name}", where, params, source, steps, config, hooks, config.lora
+        )
         spent += ledger.of_training(read_metrics(where / METRICS))
     save_params(folder / "params", params, run.provenance)
     return {"counts": counts, "ledger": dataclasses.asdict(spent)}

@@ -18,7 +18,7 @@ from sdzero_jax.checkpoint import Checkpointer, abstract_like
 from sdzero_jax.errors import HealthStop, Stopped
 from sdzero_jax.metrics import MetricWriter, finalise
 from sdzero_jax.progress import Progress, say
-from sdzero_jax.train_step import TrainState
+from sdzero_jax.train_step import TrainState, TrainStep
 
 
 class BatchSource(Protocol):
@@ -54,7 +54,7 @@ def fit(
     name: str,
     directory: pathlib.Path,
     state: TrainState,
-    step_fn: Callable[[TrainState, Any], tuple[TrainState, Any]],
+    step_fn: TrainStep,
     source: BatchSource,
     total_steps: int,
     checkpointer: Checkpointer,
@@ -109,12 +109,12 @@ def fit(
 
 def _one_step(state, step_fn, source, step: int, total_steps: int, hooks: Hooks):
     """One batch, one update and what follows it; figures as plain floats."""
-    batch, figures = source.next(state.params)
+    batch, figures = source.next(step_fn.parameters(state.params))
     state, metrics = step_fn(state, batch)
     figures = dict(figures) | finalise(jax.device_get(metrics))
     due = hooks.validate_every and (step % hooks.validate_every == 0 or step == total_steps)
     if hooks.validate and due:
-        figures |= {f"validation_{k}": v for k, v in hooks.validate(state.params, step).items()}
+        figures |= {f"validation_{k}": v for k, v in hooks.validate(step_fn.parameters(state.params), step).items()}
     if hooks.after_step:
         state, extra = hooks.after_step(step, state, figures)
         figures |= extra

@@ -5,6 +5,7 @@ Leaves out where batches come from, synchronising a teacher between steps and ch
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from sdzero_jax import sharding
-from sdzero_jax.models import LanguageModel
+from sdzero_jax.models import LanguageModel, lora
 from sdzero_jax.objectives import Metrics
 from sdzero_jax.teacher import TeacherConfig, after_update, initial_teacher, teacher_for_loss
 
@@ -23,9 +24,19 @@ LossFn = Callable[[Any, Any, Any], tuple[jax.Array, Metrics]]
 # (params, teacher, batch) -> ((loss, metrics), gradients)
 GradientFn = Callable[[Any, Any, Any], tuple[tuple[jax.Array, Metrics], Any]]
 
+NO_LORA = lora.LoraConfig(rank=0)
+
+
+def value_and_gradient(loss_fn: LossFn) -> GradientFn:
+    """The gradient of a whole batch at once."""
+    return jax.value_and_grad(loss_fn, has_aux=True)
+
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything a step reads and writes; `teacher` is None for objectives without one."""
+    """Everything a step reads and writes; `teacher` is None for objectives without one.
+
+    With LoRA `params` and `teacher` are adapters; the model that both share is the step's own (`TrainStep.frozen`).
+    """
 
     step: jax.Array  # [] int32, completed steps
     params: Any
@@ -33,11 +44,29 @@ class TrainState(flax.struct.PyTreeNode):
     teacher: Any = None
 
 
-def state_shardings(model: LanguageModel, optimizer: optax.GradientTransformation, mesh, has_teacher: bool):
+def trained_shapes(model: LanguageModel, adapters: lora.LoraConfig = NO_LORA) -> Any:
+    """What is trained, as ShapeDtypeStructs: the model's parameters or their adapters."""
+    shapes = model.param_shapes()
+    return jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, adapters)) if adapters.rank else shapes
+
+
+def trained_shardings(model: LanguageModel, mesh, adapters: lora.LoraConfig = NO_LORA) -> Any:
+    """Where what is trained lies on the mesh."""
+    axes = lora.axes(model.param_axes(), adapters) if adapters.rank else model.param_axes()
+    return sharding.shardings_for(mesh, axes, trained_shapes(model, adapters))
+
+
+def state_shardings(
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    mesh,
+    has_teacher: bool,
+    adapters: lora.LoraConfig = NO_LORA,
+):
     """A TrainState of NamedShardings: moments and teacher lie as the parameters do, scalars everywhere."""
-    params = sharding.shardings_for(mesh, model.param_axes(), model.param_shapes())
+    params = trained_shardings(model, mesh, adapters)
     everywhere = sharding.replicated(mesh)
-    shapes = jax.eval_shape(optimizer.init, model.param_shapes())
+    shapes = jax.eval_shape(optimizer.init, trained_shapes(model, adapters))
     opt_state = optax.tree.map_params(
         optimizer, lambda _, spec: spec, shapes, params, transform_non_params=lambda _: everywhere
     )
@@ -52,13 +81,17 @@ def init_state(
     *,
     teacher_config: TeacherConfig | None = None,
     reviser_params=None,
+    adapters: lora.LoraConfig = NO_LORA,
 ) -> TrainState:
-    """A state at step 0, placed on the mesh; `params` are copied because the step donates its state."""
+    """A state at step 0, placed on the mesh; `params` are copied because the step donates its state.
+
+    With `adapters` both `params` and `reviser_params` are adapters, see `lora.init`.
+    """
     teacher = None
     if teacher_config is not None:
         teacher_config.validate()
-        teacher = initial_teacher(teacher_config, reviser_params, model.config.compute_dtype)
-    shardings = state_shardings(model, optimizer, mesh, teacher is not None)
+        teacher = initial_teacher(teacher_config, reviser_params, _teacher_dtype(model, adapters))
+    shardings = state_shardings(model, optimizer, mesh, teacher is not None, adapters)
 
     def build(params, teacher):
         return TrainState(jnp.int32(0), params, optimizer.init(params), teacher)
@@ -74,38 +107,63 @@ def abstract_state(
     mesh,
     *,
     teacher_config: TeacherConfig | None = None,
+    adapters: lora.LoraConfig = NO_LORA,
 ) -> TrainState:
     """The state of `init_state` as ShapeDtypeStructs with their shardings; nothing is computed."""
 
     def build(params):
-        dtype = model.config.compute_dtype
+        dtype = _teacher_dtype(model, adapters)
         teacher = None if teacher_config is None else initial_teacher(teacher_config, params, dtype)
         return TrainState(jnp.int32(0), params, optimizer.init(params), teacher)
 
-    shapes = jax.eval_shape(build, model.param_shapes())
-    places = state_shardings(model, optimizer, mesh, shapes.teacher is not None)
-    placed = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)  # noqa: E731
-    return jax.tree.map(placed, shapes, places)
+    shapes = jax.eval_shape(build, trained_shapes(model, adapters))
+    places = state_shardings(model, optimizer, mesh, shapes.teacher is not None, adapters)
+    return _placed(shapes, places)
+
+
+def abstract_frozen(model: LanguageModel, mesh, adapters: lora.LoraConfig) -> Any:
+    """The parameters that are not trained, as ShapeDtypeStructs with their shardings; None when all are."""
+    return _placed(model.param_shapes(), trained_shardings(model, mesh)) if adapters.rank else None
+
+
+def _placed(shapes, places):
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+    )
+
+
+def _teacher_dtype(model: LanguageModel, adapters: lora.LoraConfig):
+    """Adapters are small and stay exact, so that a synchronised teacher is the student to the bit."""
+    return jnp.float32 if adapters.rank else model.config.compute_dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
     """step(state, batch) -> (state, metrics); `lower` gives the same program without running it."""
 
-    jitted: Any  # (state, batch on the mesh) -> (state, metrics), the state donated
+    jitted: Any  # (state, frozen parameters, batch on the mesh) -> (state, metrics), the state donated
     state: TrainState  # abstract
     mesh: Any
+    merge: Any  # (frozen parameters, adapters) -> parameters; None without adapters
+    frozen: Any = None  # with adapters: the parameters that they belong to
 
     def __call__(self, state: TrainState, batch) -> tuple[TrainState, Metrics]:
         with sharding.use(self.mesh):
-            return self.jitted(state, sharding.shard_batch(self.mesh, batch))
+            return self.jitted(state, self.frozen, sharding.shard_batch(self.mesh, batch))
+
+    def parameters(self, trained) -> Any:
+        """The model of a state's `params`: themselves, or the frozen ones with these adapters merged."""
+        if self.merge is None:
+            return trained
+        with sharding.use(self.mesh):
+            return self.merge(self.frozen, trained)
 
     def lower(self, batch) -> jax.stages.Lowered:
         """The program for a batch of this shape (arrays or anything else with shape and dtype)."""
         place = sharding.batch_sharding(self.mesh)
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), batch)
         with sharding.use(self.mesh):
-            return self.jitted.lower(self.state, shapes)
+            return self.jitted.lower(self.state, self.frozen, shapes)
 
 
 def make_train_step(
@@ -116,20 +174,28 @@ def make_train_step(
     *,
     teacher_config: TeacherConfig | None = None,
     schedule: optax.Schedule | None = None,
-    gradient: GradientFn | None = None,
+    differentiate: Callable[[LossFn], GradientFn] = value_and_gradient,
+    adapters: lora.LoraConfig = NO_LORA,
+    frozen: Any = None,
 ) -> TrainStep:
     """Returns step(state, batch) -> (state, metrics): compiled for the mesh, its state donated.
 
-    `gradient` takes the place of plain `jax.value_and_grad(loss_fn)`, see `accumulated`. Metrics are
-    (sum, count) pairs; "nonfinite" counts steps whose loss or gradient was NaN or infinite. Such a step
-    changes nothing, so that a checkpoint never holds its result.
+    `differentiate` may be `accumulated` with its other arguments. With `adapters` they alone are trained, on
+    top of the `frozen` parameters, which teacher and student share. Metrics are (sum, count) pairs; "nonfinite"
+    counts steps whose loss or gradient was NaN or infinite. Such a step changes nothing, so that a checkpoint
+    never holds its result.
     """
     has_teacher = teacher_config is not None and teacher_config.schedule != "live"
-    gradient = gradient or jax.value_and_grad(loss_fn, has_aux=True)
 
-    def step_fn(state: TrainState, batch):
+    def step_fn(state: TrainState, frozen, batch):
+        def whole(trained):
+            return lora.attach(frozen, trained, adapters) if adapters.rank and trained is not None else trained
+
+        def loss_of_trained(trained, teacher, batch):
+            return loss_fn(whole(trained), whole(teacher), batch)
+
         teacher = teacher_for_loss(teacher_config, state.teacher, state.params) if teacher_config else None
-        (loss, metrics), grads = gradient(state.params, teacher, batch)
+        (loss, metrics), grads = differentiate(loss_of_trained)(state.params, teacher, batch)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -152,14 +218,17 @@ def make_train_step(
             metrics["learning_rate"] = (jnp.float32(schedule(state.step)), one)
         return new, metrics
 
-    shardings = state_shardings(model, optimizer, mesh, has_teacher)
+    shardings = state_shardings(model, optimizer, mesh, has_teacher, adapters)
+    places = trained_shardings(model, mesh) if adapters.rank else None
     jitted = jax.jit(
         step_fn,
-        in_shardings=(shardings, None),
+        in_shardings=(shardings, places, None),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
-    return TrainStep(jitted, abstract_state(model, optimizer, mesh, teacher_config=teacher_config), mesh)
+    merge = jax.jit(functools.partial(lora.merge, config=adapters), out_shardings=places) if adapters.rank else None
+    state = abstract_state(model, optimizer, mesh, teacher_config=teacher_config, adapters=adapters)
+    return TrainStep(jitted, state, mesh, merge, frozen)
 
 
 def accumulated(loss_fn: LossFn, denominators: Callable[[Any], tuple[jax.Array, ...]], parts: int) -> GradientFn:

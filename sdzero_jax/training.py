@@ -26,6 +26,8 @@ from sdzero_jax.health import judge_keep_rate, length_collapse
 from sdzero_jax.methods import Method, find_method, loss_terms, right_sequences
 from sdzero_jax.metrics import FILE_NAME as METRICS
 from sdzero_jax.metrics import read_metrics
+from sdzero_jax.models import lora
+from sdzero_jax.models.lora import LoraConfig
 from sdzero_jax.optimizer import learning_rate_schedule, make_optimizer
 from sdzero_jax.progress import say
 from sdzero_jax.rollouts import RolloutIterator, sample_and_revise, sample_responses
@@ -33,24 +35,52 @@ from sdzero_jax.runs import Run
 from sdzero_jax.sources import OnPolicySource, SequenceSource, demonstration_context
 from sdzero_jax.teacher import sync_due
 from sdzero_jax.train import Hooks, fit
-from sdzero_jax.train_step import accumulated, init_state, make_train_step, synchronise
+from sdzero_jax.train_step import (
+    NO_LORA,
+    TrainStep,
+    accumulated,
+    init_state,
+    make_train_step,
+    synchronise,
+    trained_shardings,
+    value_and_gradient,
+)
 
 # ---------------------------------------------------------------------------------- fixed sequences
 
 
-def train_cross_entropy(run: Run, name, folder, params, source, steps: int, config, hooks: Hooks = Hooks()):
-    """The loop with the cross-entropy objective; `config` owns objective, optimizer and checkpoint."""
+def train_cross_entropy(
+    run: Run, name, folder, params, source, steps: int, config, hooks: Hooks = Hooks(), adapters: LoraConfig = NO_LORA
+):
+    """The trained parameters, by the loop with the cross-entropy objective.
+
+    `config` owns objective, optimizer and checkpoint.
+    """
     loss_fn = functools.partial(objectives.cross_entropy, config.objective, run.model)
     optimizer, schedule = _optimizer(config.optimizer, steps)
     checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint)
-    step_fn = make_train_step(loss_fn, run.model, optimizer, run.mesh, schedule=schedule)
-    state = init_state(run.model, params, optimizer, run.mesh)
+    trained, frozen = _trained(run, params, adapters)
+    step_fn = make_train_step(
+        loss_fn, run.model, optimizer, run.mesh, schedule=schedule, adapters=adapters, frozen=frozen
+    )
+    state = init_state(run.model, trained, optimizer, run.mesh, adapters=adapters)
     try:
-        return fit(
+        state = fit(
             name, folder, state, step_fn, source, steps, checkpointer, config.checkpoint.every, run.provenance, hooks
         )
     finally:
         checkpointer.close()
+    return step_fn.parameters(state.params)
+
+
+def _trained(run: Run, params, adapters: LoraConfig) -> tuple[Any, Any]:
+    """(what is trained, the parameters that stay as they are): all and None, or fresh adapters and all."""
+    if not adapters.rank:
+        return params, None
+    places = trained_shardings(run.model, run.mesh, adapters)
+    shapes = run.model.param_shapes()
+    fresh = jax.jit(lambda key: lora.init(key, shapes, adapters), out_shardings=places)
+    return fresh(jax.random.key(run.config.seed)), params
 
 
 def held_out_hooks(run: Run, sequences, config) -> Hooks:
@@ -85,8 +115,10 @@ def off_policy(run: Run, folder: pathlib.Path, config: TrainConfig, method: Meth
     steps = max(config.epochs * len(sequences) // config.batch_size, 1)
     source = SequenceSource(sequences, config.batch_size, config.max_length, run.config.seed)
     training = SrtConfig(objective=config.cross_entropy, optimizer=config.optimizer, checkpoint=config.checkpoint)
-    state = train_cross_entropy(run, config.method, folder, params, source, steps, training)
-    save_params(folder / "params", state.params, run.provenance)
+    params = train_cross_entropy(
+        run, config.method, folder, params, source, steps, training, adapters=config.lora
+    )
+    save_params(folder / "params", params, run.provenance)
     spent += ledger.of_training(read_metrics(folder / METRICS))
     return {"sequences": len(sequences), "ledger": dataclasses.asdict(spent)}
 
@@ -148,26 +180,34 @@ def on_policy_round(run: Run, stage: str, folder, config: DistillConfig, method:
     source = on_policy_source(run, stage, config, method, number)
     terms = loss_terms(method, config.objective, config.policy, config.cross_entropy)
     loss_fn = functools.partial(objectives.combined, terms, run.model)
-    gradient = None
+    differentiate = value_and_gradient
     if config.microbatches > 1:
-        gradient = accumulated(loss_fn, functools.partial(objectives.denominators, terms), config.microbatches)
+        differentiate = functools.partial(
+            accumulated, denominators=functools.partial(objectives.denominators, terms), parts=config.microbatches
+        )
     optimizer, schedule = _optimizer(optimizer_config, steps)
     taught = method.uses("self_distillation") or (method.uses("policy_gradient") and config.policy.kl_weight > 0)
     teacher = config.teacher if taught else None
+    trained, frozen = _trained(run, start, config.lora)
     step_fn = make_train_step(
-        loss_fn, run.model, optimizer, run.mesh, teacher_config=teacher, schedule=schedule, gradient=gradient
-    )
-    state = init_state(run.model, start, optimizer, run.mesh, teacher_config=teacher, reviser_params=start)
+        loss_fn, run.model, optimizer, run.mesh, teacher_config=teacher, schedule=schedule,
+        differentiate=differentiate, adapters=config.lora, frozen=frozen,
+    )  # fmt: skip
+    state = init_state(
+        run.model, trained, optimizer, run.mesh,
+        teacher_config=teacher, reviser_params=trained, adapters=config.lora,
+    )  # fmt: skip
     checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint, best_metric="validation_accuracy")
     most = steps + steps // 2 if config.budget else steps  # a budget ends by itself, near the steps planned
     try:
         state = fit(
             f"{stage} {number}", folder, state, step_fn, source, most, checkpointer,
-            config.checkpoint.every, run.provenance, on_policy_hooks(run, stage, folder, config, method, number),
+            config.checkpoint.every, run.provenance,
+            on_policy_hooks(run, stage, folder, config, method, number, step_fn),
         )  # fmt: skip
     finally:
         checkpointer.close()
-    return state.params
+    return step_fn.parameters(state.params)
 
 
 def planned_steps(config: DistillConfig) -> int:
@@ -217,7 +257,7 @@ def collected_attempts(run: Run) -> list[Rollout]:
     return attempts
 
 
-def on_policy_hooks(run: Run, stage: str, folder: pathlib.Path, config, method: Method, number: int) -> Hooks:
+def on_policy_hooks(run: Run, stage: str, folder, config, method: Method, number: int, step_fn: TrainStep) -> Hooks:
     """Accuracy on validation questions, gated teacher synchronisation, and the length gate."""
     questions = run.problems.questions("validation", config.validation_questions)
     history = folder / METRICS
@@ -235,7 +275,7 @@ def on_policy_hooks(run: Run, stage: str, folder: pathlib.Path, config, method: 
         accuracies.extend([figures["validation_accuracy"]] if validated else [])
         if not sync_due(config.teacher, step, accuracies if validated else ()):
             return state, {}
-        keep_rate = measure_keep_rate(run, state.params, f"{stage}/{number}/sync/{step}")
+        keep_rate = measure_keep_rate(run, step_fn.parameters(state.params), f"{stage}/{number}/sync/{step}")
         verdict, line = judge_keep_rate(run.config.health, keep_rate)
         if verdict != "ok":
             say(f"{stage}: synchronisation at step {step}: {line}")

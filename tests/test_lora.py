@@ -1,5 +1,6 @@
 """Adapters against float64 numpy, their gradients, counts and shards."""
 
+import functools
 import math
 import os
 import pathlib
@@ -9,13 +10,19 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from test_method import MODEL, batch_of, student_and_teacher
 from twins import tiny, tiny_olmo, weights
 
+from sdzero_jax import objectives
 from sdzero_jax.errors import UserError
 from sdzero_jax.models import LanguageModel, load_pretrained, lora, save_pretrained
 from sdzero_jax.models.lora import LoraConfig
+from sdzero_jax.optimizer import OptimizerConfig, make_optimizer
 from sdzero_jax.sharding import MeshConfig, make_mesh, shardings_for
+from sdzero_jax.teacher import TeacherConfig
+from sdzero_jax.train_step import init_state, make_train_step, synchronise
 
 CONFIG = LoraConfig(rank=3, alpha=7.0)
 
@@ -144,12 +151,93 @@ def test_published_shape_counts_what_it_should():
         (dict(targets=("querry",)), "LoRA target 'querry' is not known; did you mean 'query'"),
         (dict(targets=("q_proj",)), "choose from|did you mean"),
         (dict(targets=()), "at least one target; choose from down, gate"),
-        (dict(rank=0), "rank=0; wanted at least 1"),
+        (dict(rank=-1), "rank=-1; wanted at least 1, or 0 for none"),
     ],
 )
 def test_settings_that_cannot_work(fields, message):
     with pytest.raises(UserError, match=message):
         LoraConfig(**fields)
+
+
+@pytest.mark.parametrize("build", [tiny, tiny_olmo])
+def test_attached_adapters_are_the_merged_model(build):
+    """x W + s x A B beside x (W + s A B): hidden states, and the gradients of the adapters."""
+    model = build()
+    params, adapters = weights(model), jax.tree.map(lambda leaf: 0.1 * leaf, trained(model))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 9)))
+    probe = jnp.asarray(np.random.default_rng(1).standard_normal((2, 9, model.config.hidden_size)), jnp.float32)
+
+    def read(join, adapters):
+        hidden = model.apply(join(params, adapters, CONFIG), tokens)[0]
+        return jnp.sum(hidden * probe), hidden
+
+    both = [
+        jax.jit(jax.value_and_grad(lambda adapters, join=join: read(join, adapters), has_aux=True))(adapters)
+        for join in (lora.attach, lora.merge)
+    ]
+    (_, attached), attached_gradient = both[0]
+    (_, merged), merged_gradient = both[1]
+    np.testing.assert_allclose(attached, merged, atol=2e-5)
+    assert np.abs(attached - model.apply(params, tokens)[0]).max() > 0.01
+    for (path, a), b in zip(leaves(attached_gradient).items(), jax.tree.leaves(merged_gradient), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max() + 1e-6, err_msg=path)
+        assert np.abs(a).max() > 1e-4, path
+
+
+def step_with_adapters(schedule):
+    """A distillation step of adapters that are not zero any more: (step, state, batch)."""
+    params, _ = student_and_teacher()
+    adapters, reviser = (jax.tree.map(lambda leaf: 0.1 * leaf, trained(MODEL, seed=seed)) for seed in (0, 1))
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_fraction=0.0, epsilon=1e-3), 10)
+    loss_fn = functools.partial(objectives.self_distillation, objectives.SelfDistillation(), MODEL)
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    step = make_train_step(
+        loss_fn, MODEL, optimizer, mesh, teacher_config=schedule, adapters=CONFIG, frozen=params
+    )  # fmt: skip
+    state = init_state(
+        MODEL, adapters, optimizer, mesh, teacher_config=schedule, reviser_params=reviser, adapters=CONFIG
+    )  # fmt: skip
+    return step, state, batch_of()
+
+
+def test_a_step_trains_adapters_as_if_the_model_were_merged():
+    """Loss, update and teacher against the loss of merged models, differentiated by hand and stepped by AdamW."""
+    step, state, batch = step_with_adapters(TeacherConfig("frozen"))
+    frozen, adapters, teacher = step.frozen, *jax.tree.map(np.array, (state.params, state.teacher))
+    taught = lora.merge(frozen, teacher, CONFIG)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_fraction=0.0, epsilon=1e-3), 10)
+    moments, losses = optimizer.init(adapters), []
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss_of(adapters):
+        whole = lora.merge(frozen, adapters, CONFIG)
+        return objectives.self_distillation(objectives.SelfDistillation(), MODEL, whole, taught, batch)[0]
+
+    for _ in range(2):
+        want, gradient = loss_of(adapters)
+        updates, moments = optimizer.update(gradient, moments, adapters)
+        adapters = optax.apply_updates(adapters, updates)
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"][0]))
+        assert losses[-1] == pytest.approx(float(want), rel=1e-4)
+        for (path, a), b in zip(leaves(state.params).items(), jax.tree.leaves(adapters), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5, err_msg=path)
+    assert losses[0] > losses[1] > 0.01
+    jax.tree.map(np.testing.assert_array_equal, state.teacher, teacher)
+    state = synchronise(state)
+    jax.tree.map(np.testing.assert_array_equal, state.teacher, state.params)
+    merged = step.parameters(state.params)
+    for name, leaf in leaves(lora.merge(frozen, adapters, CONFIG)).items():
+        np.testing.assert_allclose(leaves(merged)[name], leaf, atol=1e-4)
+
+
+def test_what_is_held_beside_the_model_is_as_small_as_the_adapters():
+    step, state, _ = step_with_adapters(TeacherConfig("frozen"))
+    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+    assert size(state.teacher) == size(state.params) < size(step.frozen) / 2
+    assert size(state.opt_state) < 2.1 * size(state.params)
+    assert jax.tree.structure(step.state) == jax.tree.structure(state)
 
 
 def test_scale_and_rank_are_read():

@@ -138,6 +138,23 @@ def test_the_demos_peak_is_the_compilers_within_15_percent(demo):
     assert estimated.train_step == pytest.approx(counted["peak"], rel=0.15)
 
 
+def test_adapters_take_the_place_of_the_state_and_of_the_gradients():
+    config = override(load_config("configs/demo.py"), ["distill.lora.rank=4"])
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    counted = memory.count(memory.train_step(config, mesh), memory.batch_of(config))
+    estimated = memory.estimate(config, mesh)
+    model = config.model
+    heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    adapters = 4 * model.num_layers * (
+        2 * (model.hidden_size + heads) + 2 * (model.hidden_size + kv_heads)
+        + 3 * (model.hidden_size + model.intermediate_size)
+    )  # fmt: skip
+    assert estimated.state["teacher"] == 4 * adapters
+    assert estimated.state["optimizer state"] == 8 * adapters + 2 * 4
+    assert counted["aliased"] == 16 * adapters + 2 * 4 + 4, "the frozen parameters are read only"
+    assert estimated.train_step == pytest.approx(counted["peak"], rel=0.15)
+
+
 # ------------------------------------------------------------------------------------------------- remat
 
 

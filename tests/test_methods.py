@@ -42,7 +42,7 @@ from sdzero_jax.sources import (
     demonstration_context,
 )
 from sdzero_jax.teacher import TeacherConfig, sync_due
-from sdzero_jax.train_step import accumulated, init_state, make_train_step
+from sdzero_jax.train_step import accumulated, init_state, make_train_step, value_and_gradient
 
 ADVANTAGE = np.array([1.5, -0.5, -1.0, 0.0], np.float32)
 LOGP_ROLLOUT = -1.0  # of every token, as `rollout` makes them
@@ -227,10 +227,11 @@ def test_a_step_with_micro_batches_moves_the_parameters_alike():
     batches = {"rollouts": batch_of(), "replay": replay_batch()}
     loss_fn = functools.partial(objectives.combined, TERMS, MODEL)
     mesh, moved = sharding.make_mesh(sharding.MeshConfig()), []
-    for gradient in (None, accumulated(loss_fn, functools.partial(objectives.denominators, TERMS), 4)):
+    parts = functools.partial(accumulated, denominators=functools.partial(objectives.denominators, TERMS), parts=4)
+    for differentiate in (value_and_gradient, parts):
         optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, epsilon=1e-3), 10)
         schedule = TeacherConfig()
-        step = make_train_step(loss_fn, MODEL, optimizer, mesh, teacher_config=schedule, gradient=gradient)
+        step = make_train_step(loss_fn, MODEL, optimizer, mesh, teacher_config=schedule, differentiate=differentiate)
         state = init_state(MODEL, params, optimizer, mesh, teacher_config=schedule, reviser_params=teacher)
         moved.append(step(state, batches)[0].params)
     assert_trees_close(moved[1], moved[0], 1e-4)

@@ -31,6 +31,7 @@ _CHOICES = {
     "attention": IMPLEMENTATIONS,
 }
 LAYER_TYPES = ("full", "sliding")
+LORA = "lora"  # where a tree of parameters holds adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +184,18 @@ class _Weights(nn.Module):
         weight = self._declare(name, init, shape, axes)
         return weight.astype(self.config.compute_dtype)
 
+    def project(self, x: jax.Array, name: str, shape: tuple[int, ...], axes: tuple[str, ...], contracted: int = 1):
+        """x times a matrix over its first `contracted` axes, and times its adapter where there is one.
+
+        The adapter (`models.lora`) is not added to the matrix first: so its gradient is that of two narrow
+        products, and no gradient of the matrix is ever made.
+        """
+        out = _matmul(x, self.matrix(name, shape, axes), contracted)
+        if self.has_variable(LORA, name):
+            adapter = {side: leaf.astype(x.dtype) for side, leaf in self.get_variable(LORA, name).items()}
+            out = out + _matmul(_matmul(x, adapter["a"], contracted), adapter["b"])
+        return out
+
     def scale(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
         return self._declare(name, nn.initializers.ones, shape, axes)
 
@@ -205,11 +218,9 @@ class _Attention(_Weights):
     def __call__(self, x, group, where: _Where):
         c = self.config
         hidden, heads, kv_heads, width = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
-        w_q = self.matrix("query", (hidden, heads, width), ("embed", "heads", "head_dim"))
-        w_k = self.matrix("key", (hidden, kv_heads, width), ("embed", "kv_heads", "head_dim"))
-        w_v = self.matrix("value", (hidden, kv_heads, width), ("embed", "kv_heads", "head_dim"))
-        w_out = self.matrix("out", (heads, width, hidden), ("heads", "head_dim", "embed"))
-        q, k, v = (_matmul(x, w) for w in (w_q, w_k, w_v))
+        q = self.project(x, "query", (hidden, heads, width), ("embed", "heads", "head_dim"))
+        k = self.project(x, "key", (hidden, kv_heads, width), ("embed", "kv_heads", "head_dim"))
+        v = self.project(x, "value", (hidden, kv_heads, width), ("embed", "kv_heads", "head_dim"))
         if c.attention_bias:
             q = q + self.bias("query_bias", (heads, width), ("heads", "head_dim"))
             k = k + self.bias("key_bias", (kv_heads, width), ("kv_heads", "head_dim"))
@@ -249,7 +260,7 @@ class _Attention(_Weights):
                 implementation=c.attention,
             )  # [B, T, N, H]
             k, v = (x.swapaxes(1, 2) for x in (k, v))
-        out = _matmul(out, w_out, 2)
+        out = self.project(out, "out", (heads, width, hidden), ("heads", "head_dim", "embed"), contracted=2)
         if c.attention_bias:
             out = out + self.bias("out_bias", (hidden,), ("norm",))
         return out, None if cache is None else (k, v)
@@ -259,10 +270,10 @@ class _Mlp(_Weights):
     @nn.compact
     def __call__(self, x):
         hidden, wide = self.config.hidden_size, self.config.intermediate_size
-        gate = _matmul(x, self.matrix("gate", (hidden, wide), ("embed", "mlp")))
-        up = _matmul(x, self.matrix("up", (hidden, wide), ("embed", "mlp")))
+        gate = self.project(x, "gate", (hidden, wide), ("embed", "mlp"))
+        up = self.project(x, "up", (hidden, wide), ("embed", "mlp"))
         wide_out = constrain(jax.nn.silu(gate) * up, "batch", "length", "act_mlp")
-        return _matmul(wide_out, self.matrix("down", (wide, hidden), ("mlp", "embed")))
+        return self.project(wide_out, "down", (wide, hidden), ("mlp", "embed"))
 
 
 class _Block(_Weights):
@@ -354,7 +365,7 @@ class _Decoder(_Weights):
         else:
             scanned = nn.scan(
                 _Group,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, LORA: 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),
                 length=c.num_groups,
@@ -425,6 +436,7 @@ class LanguageModel:
     ) -> tuple[jax.Array, Cache | None]:
         """tokens [B, T] -> (hidden [B, T, D] after the final norm, cache).
 
+        params may hold adapters as well (`lora.attach`), which are then applied.
         segment_ids [B, T] (default all 1): a token attends within its segment only, 0 is padding.
         positions [B, T] (default: counted from 0 in every run of equal segment ids). Hidden states of
         padding are meaningless.
@@ -451,8 +463,11 @@ class LanguageModel:
             positions = jnp.where(real, before[:, None] + jnp.cumsum(real, axis=1) - 1, -1).astype(jnp.int32)
         elif positions is None:
             positions = _positions_in_runs(segment_ids)
+        own = {name: leaf for name, leaf in params.items() if name != LORA}
         hidden, kv = _Decoder(self.config).apply(
-            {"params": params}, tokens, self._where(positions, segment_ids, cache, row_layout)
+            {"params": own, LORA: params.get(LORA, {})},
+            tokens,
+            self._where(positions, segment_ids, cache, row_layout),
         )
         return hidden, None if cache is None else extend(cache, *kv, positions)
 

@@ -1,8 +1,8 @@
 """Low-rank adapters on the parameter tree (LoRA, Hu et al., arXiv:2106.09685): W + alpha / rank * A B.
 
-Pure functions: the base is an argument, so that student and teacher share one; gradients are taken with
-respect to the adapters alone, through `merge`; an export is merged first. Left out: embeddings, norms and
-biases, dropout on the adapter's input, and applying A and B unmerged.
+Pure functions: the base is an argument, so that student and teacher share one. `attach` is for training:
+the model applies x A B beside x W, and gradients are taken with respect to the adapters alone; `merge` is
+for what samples and what is exported. Left out: embeddings, norms and biases, dropout on the input.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from sdzero_jax.errors import UserError, nearest
+from sdzero_jax.models.decoder import LORA
 
 # Matrix -> how many of its axes are the input's; the first axis of a leaf repeats the layer group.
 _INPUT_AXES = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
@@ -25,14 +26,14 @@ TARGETS = tuple(_INPUT_AXES)
 class LoraConfig:
     """Which matrices are adapted, and by how much."""
 
-    rank: Annotated[int, "rank of every adapter"] = 16
+    rank: Annotated[int, "rank of every adapter; 0: none, all parameters are trained"] = 16
     alpha: Annotated[float, "scale: A B is multiplied by alpha / rank"] = 32.0
     targets: Annotated[tuple[str, ...], "matrices: query, key, value, out, gate, up, down"] = TARGETS
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))
-        if self.rank < 1:
-            raise UserError(f"LoRA rank={self.rank}; wanted at least 1")
+        if self.rank < 0:
+            raise UserError(f"LoRA rank={self.rank}; wanted at least 1, or 0 for none")
         if not self.targets:
             raise UserError(f"LoRA needs at least one target{nearest('', TARGETS)}")
         for target in self.targets:
@@ -68,15 +69,31 @@ def axes(param_axes: Mapping[str, Any], config: LoraConfig) -> dict[str, Any]:
     return _on_targets(adapter, param_axes, config)
 
 
+def attach(params: Mapping[str, Any], lora: Mapping[str, Any], config: LoraConfig) -> dict[str, Any]:
+    """The parameters beside their adapters, for `model.apply`: those of `merge`, but the sum is never made."""
+    scale = config.alpha / config.rank
+
+    def scaled(tree: Mapping[str, Any]) -> dict[str, Any]:
+        if set(tree) == {"a", "b"}:
+            return {"a": tree["a"], "b": scale * tree["b"]}
+        return {name: scaled(inner) for name, inner in tree.items()}
+
+    return {**params, LORA: scaled(lora)}
+
+
 def merge(params: Mapping[str, Any], lora: Mapping[str, Any], config: LoraConfig) -> dict[str, Any]:
     """The parameters with their adapters added: same tree, shapes, dtypes and shardings.
 
     The sum is float32 and then rounded to the leaf's dtype; leaves without an adapter are the same objects.
     """
     if set(lora) == {"a", "b"}:
-        a, b = lora["a"], lora["b"]  # [G, *input, R], [G, R, *output]
-        delta = jax.vmap(lambda x, y: jnp.tensordot(x, y, axes=1, preferred_element_type=jnp.float32))(a, b)
-        return (params.astype(jnp.float32) + config.alpha / config.rank * delta).astype(params.dtype)
+
+        def added(group):  # one repetition of the layers at a time: the float32 sum is large
+            leaf, a, b = group  # [*input, *output], [*input, R], [R, *output]
+            delta = jnp.tensordot(a, b, axes=1, preferred_element_type=jnp.float32)
+            return (leaf.astype(jnp.float32) + config.alpha / config.rank * delta).astype(leaf.dtype)
+
+        return jax.lax.map(added, (params, lora["a"], lora["b"]))
     return {name: merge(leaf, lora[name], config) if name in lora else leaf for name, leaf in params.items()}
 
 
