@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
             command.set_defaults(config=DEMO)
         else:
             command.add_argument("config", nargs="?", default=DEMO, help=f"config file (default {DEMO})")
-        command.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings to change")
+        command.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings to change; preset=NAME: many")
         command.add_argument("--fork", action="store_true", help="with changed settings, go on in a new run directory")
         command.add_argument("-h", "--help", action=_Help, nargs=0, help="show this and every setting")
         command.set_defaults(function=run_stages, stage=name if name in STAGES else None)
@@ -149,11 +149,10 @@ def parser() -> argparse.ArgumentParser:
 
 def _config(arguments):
     """The config of a command line, overridden and checked."""
-    from sdzero_jax import settings
-    from sdzero_jax.config import load_config, validate
+    from sdzero_jax.config import load_config, override, validate
 
     path, overrides = _split(arguments)
-    config = settings.override(load_config(path), overrides)
+    config = override(load_config(path), overrides)
     validate(config)
     return config
 

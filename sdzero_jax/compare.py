@@ -14,7 +14,7 @@ import numpy as np
 from sdzero_jax import settings, statistics
 from sdzero_jax.analysis import write_comparison
 from sdzero_jax.chunks import ChunkLog
-from sdzero_jax.config import Config, load_from, validate
+from sdzero_jax.config import Config, load_from, override, validate
 from sdzero_jax.errors import HealthStop, UserError, nearest
 from sdzero_jax.files import write_json_atomic
 from sdzero_jax.ledger import Ledger
@@ -79,7 +79,7 @@ def load_comparison(path: str, overrides: Sequence[str]) -> Comparison:
             annotation = settings.field_types(Comparison)[name]
             comparison = dataclasses.replace(comparison, **{name: settings.parse(annotation, text, name)})
         else:
-            config = settings.override(comparison.config, [assignment])
+            config = override(comparison.config, [assignment])
             comparison = dataclasses.replace(comparison, config=config)
     return comparison
 
@@ -110,7 +110,7 @@ def check_comparison(comparison: Comparison) -> None:
             raise UserError(f"entry {name}: unknown stage {entry.stage!r}{nearest(entry.stage, stages)}")
         config = _config(comparison, entry, comparison.seeds[0])
         if entry.fill:
-            config = settings.override(config, [f"train.budget={comparison.budget}"])
+            config = override(config, [f"train.budget={comparison.budget}"])
         validate(config)
         check_fit(Run(config, comparison.folder / "stages"), entry.stage)
 
@@ -131,7 +131,7 @@ def tuning(comparison: Comparison) -> Comparison:
         entries=entries,
         reference="",
         seeds=comparison.tuning_seeds,
-        config=settings.override(comparison.config, ["evaluate.split=validation"]),
+        config=override(comparison.config, ["evaluate.split=validation"]),
     )
 
 
@@ -180,7 +180,7 @@ def run_entry(comparison: Comparison, entry: Entry, seed: int) -> dict[str, Any]
                 f"{entry.label}: {before.sampled_tokens} tokens are sampled before its last stage, of a budget of "
                 f"{comparison.budget}; raise budget, or lower collect.questions"
             )
-        config = settings.override(config, [f"train.budget={left}"])
+        config = override(config, [f"train.budget={left}"])
     with Run(config, shared) as run:
         try:
             run_stage(run, entry.stage)
@@ -204,7 +204,7 @@ def spent(run: Run, stages: Sequence[str]) -> Ledger:
 
 
 def _config(comparison: Comparison, entry: Entry, seed: int) -> Config:
-    return settings.override(comparison.config, [*entry.settings, f"seed={seed}", f"task.seed={seed}"])
+    return override(comparison.config, [*entry.settings, f"seed={seed}", f"task.seed={seed}"])
 
 
 # ---------------------------------------------------------------------------------------- the table

@@ -7,9 +7,10 @@ it owns. Leaves out parsing and help (`settings`).
 import dataclasses
 import importlib.util
 import pathlib
+from collections.abc import Sequence
 from typing import Annotated, Literal, TypeVar
 
-from sdzero_jax import settings
+from sdzero_jax import presets, settings
 from sdzero_jax.batches import DistillLayout
 from sdzero_jax.checkpoint import CheckpointConfig
 from sdzero_jax.collect import CollectConfig
@@ -219,6 +220,11 @@ def _validate_on_policy(path: str, config: DistillConfig) -> None:
     if config.teacher.schedule == "sync_on_plateau" and not config.validate_every:
         raise UserError(f"{path}.teacher.schedule=sync_on_plateau needs {path}.validate_every >= 1")
     get_divergence(objective.divergence)
+
+
+def override(config: Config, assignments: Sequence[str]) -> Config:
+    """The config with every "a.b=c" applied in order; "preset=NAME" stands for that preset's settings."""
+    return settings.override(config, presets.expand(assignments))
 
 
 def load_config(path: str) -> Config:

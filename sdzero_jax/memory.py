@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdzero_jax import objectives, settings, sharding, topology
+from sdzero_jax import objectives, sharding, topology
 from sdzero_jax.batches import distill_batch
-from sdzero_jax.config import Config, load_config
+from sdzero_jax.config import Config, load_config, override
 from sdzero_jax.errors import UserError
 from sdzero_jax.examples import Question, Rollout, Verdict
 from sdzero_jax.models import DecoderConfig, LanguageModel, cache_bytes
@@ -270,13 +270,13 @@ def suggest(config: Config, mesh_shape: Sequence[int], limit: float) -> str:
     options = list(_options(config, mesh_shape))
     tried = [[option] for option in options] + [options[:count] for count in range(2, len(options) + 1)]
     for changes in tried:
-        changed = settings.override(config, " ".join(changes).split())
+        changed = override(config, " ".join(changes).split())
         if estimate(changed, abstract_mesh(changed.mesh, math.prod(mesh_shape))).peak <= limit:
             return f"set {' '.join(changes)}"
     devices = math.prod(mesh_shape)
     for count in (devices * 2**doubling for doubling in range(1, 11)):
         rows = -(-config.distill.batch_size // count) * count
-        bigger = settings.override(config, [*" ".join(options).split(), f"distill.batch_size={rows}"])
+        bigger = override(config, [*" ".join(options).split(), f"distill.batch_size={rows}"])
         bigger = dataclasses.replace(bigger, mesh=sharding.mesh_preset(count))
         if estimate(bigger, abstract_mesh(bigger.mesh, count)).peak <= limit:
             return f"no setting is enough on {devices}; {count} such devices would do" + (
@@ -355,7 +355,7 @@ def fit_to(config: Config, num_devices: int) -> Config:
 def main(path: str, name: str, *overrides: str) -> None:
     """The child: prints the compiler's count for a slice as a line of JSON."""
     slice_ = topology.parse(name)
-    config = fit_to(settings.override(load_config(path), overrides), slice_.chips)
+    config = fit_to(override(load_config(path), overrides), slice_.chips)
     mesh = sharding.make_mesh(config.mesh, topology.devices(slice_))
     try:
         print(json.dumps(count(train_step(config, mesh), batch_of(config))))

@@ -17,7 +17,7 @@ LAYERS = [
     ("sampler", "objectives", "teacher", "graders"),
     ("rollouts", "train_step", "checkpoint", "problems"),
     ("collect", "sources", "train", "evaluate", "analysis", "exchange", "ledger"),
-    ("methods",),
+    ("methods", "presets"),
     ("config",),
     ("runs", "memory"),
     ("training",),
