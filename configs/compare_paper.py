@@ -34,11 +34,11 @@ POLICY = (*LARGE, "train.optimizer.warmup_fraction=0.05")
 GRPO = ("train.method=grpo", "train.samples=4", *POLICY)
 REINFORCE = ("train.method=reinforce", "train.samples=1", *POLICY)
 SDZERO = ("train.start=srt", "train.method=sdzero", "train.samples=1")
-BEYOND = (
+GUIDED = (
     "srt.data.mode=compact", "train.start=srt", "train.samples=1",
     "train.objective.guidance=1", "train.objective.mask_end=true",
-    "train.teacher.schedule=sync_every", "train.teacher.sync_steps=16",
 )  # fmt: skip
+BEYOND = (*GUIDED, "train.teacher.schedule=sync_every", "train.teacher.sync_steps=16")
 
 
 def rates(*values: str) -> tuple[tuple[str, ...], ...]:
