@@ -405,6 +405,22 @@ def test_decoding_does_not_copy_the_cache(optimised):
 # -------------------------------------------------------------------------------------------- dials
 
 
+def test_random_weights_of_a_seed_stay_what_they_are():
+    """They depend on the order in which a module declares its matrices; cached base models and results hang on them."""
+    from sdzero_jax.config import load_config
+
+    params = LanguageModel(load_config("configs/demo.py").model).init(jax.random.key(0))
+    block = params["layers"]["block_0"]
+    first_and_last = {
+        "embedding": (params["embedding"], 0.00152285, 0.04303252),
+        "query": (block["attention"]["query"], -0.00134102, 0.00098482),
+        "out": (block["attention"]["out"], 0.00593842, -0.00722323),
+        "down": (block["mlp"]["down"], -0.02345516, 0.00555356),
+    }
+    for name, (leaf, first, last) in first_and_last.items():
+        np.testing.assert_allclose([leaf.ravel()[0], leaf.ravel()[-1]], [first, last], atol=1e-6, err_msg=name)
+
+
 def test_shapes_axes_and_init_agree():
     key = jax.random.key(0, impl="unsafe_rbg")  # compiles fastest
     for model in (tiny(attention_bias=True), tiny_olmo(tie_embeddings=True)):

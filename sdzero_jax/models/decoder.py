@@ -184,13 +184,13 @@ class _Weights(nn.Module):
         weight = self._declare(name, init, shape, axes)
         return weight.astype(self.config.compute_dtype)
 
-    def project(self, x: jax.Array, name: str, shape: tuple[int, ...], axes: tuple[str, ...], contracted: int = 1):
-        """x times a matrix over its first `contracted` axes, and times its adapter where there is one.
+    def project(self, x: jax.Array, name: str, weight: jax.Array, contracted: int = 1) -> jax.Array:
+        """x times the matrix `name` over its first `contracted` axes, and times its adapter where there is one.
 
         The adapter (`models.lora`) is not added to the matrix first: so its gradient is that of two narrow
         products, and no gradient of the matrix is ever made.
         """
-        out = _matmul(x, self.matrix(name, shape, axes), contracted)
+        out = _matmul(x, weight, contracted)
         if self.has_variable(LORA, name):
             adapter = {side: leaf.astype(x.dtype) for side, leaf in self.get_variable(LORA, name).items()}
             out = out + _matmul(_matmul(x, adapter["a"], contracted), adapter["b"])
@@ -218,9 +218,12 @@ class _Attention(_Weights):
     def __call__(self, x, group, where: _Where):
         c = self.config
         hidden, heads, kv_heads, width = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
-        q = self.project(x, "query", (hidden, heads, width), ("embed", "heads", "head_dim"))
-        k = self.project(x, "key", (hidden, kv_heads, width), ("embed", "kv_heads", "head_dim"))
-        v = self.project(x, "value", (hidden, kv_heads, width), ("embed", "kv_heads", "head_dim"))
+        # Random weights depend on the order of declaration, so it stays as it is.
+        w_q = self.matrix("query", (hidden, heads, width), ("embed", "heads", "head_dim"))
+        w_k = self.matrix("key", (hidden, kv_heads, width), ("embed", "kv_heads", "head_dim"))
+        w_v = self.matrix("value", (hidden, kv_heads, width), ("embed", "kv_heads", "head_dim"))
+        w_out = self.matrix("out", (heads, width, hidden), ("heads", "head_dim", "embed"))
+        q, k, v = (self.project(x, name, w) for name, w in (("query", w_q), ("key", w_k), ("value", w_v)))
         if c.attention_bias:
             q = q + self.bias("query_bias", (heads, width), ("heads", "head_dim"))
             k = k + self.bias("key_bias", (kv_heads, width), ("kv_heads", "head_dim"))
@@ -260,7 +263,7 @@ class _Attention(_Weights):
                 implementation=c.attention,
             )  # [B, T, N, H]
             k, v = (x.swapaxes(1, 2) for x in (k, v))
-        out = self.project(out, "out", (heads, width, hidden), ("heads", "head_dim", "embed"), contracted=2)
+        out = self.project(out, "out", w_out, contracted=2)
         if c.attention_bias:
             out = out + self.bias("out_bias", (hidden,), ("norm",))
         return out, None if cache is None else (k, v)
@@ -270,10 +273,10 @@ class _Mlp(_Weights):
     @nn.compact
     def __call__(self, x):
         hidden, wide = self.config.hidden_size, self.config.intermediate_size
-        gate = self.project(x, "gate", (hidden, wide), ("embed", "mlp"))
-        up = self.project(x, "up", (hidden, wide), ("embed", "mlp"))
+        gate = self.project(x, "gate", self.matrix("gate", (hidden, wide), ("embed", "mlp")))
+        up = self.project(x, "up", self.matrix("up", (hidden, wide), ("embed", "mlp")))
         wide_out = constrain(jax.nn.silu(gate) * up, "batch", "length", "act_mlp")
-        return self.project(wide_out, "down", (wide, hidden), ("mlp", "embed"))
+        return self.project(wide_out, "down", self.matrix("down", (wide, hidden), ("mlp", "embed")))
 
 
 class _Block(_Weights):
