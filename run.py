@@ -16,6 +16,7 @@ a save. The same command goes on where it stopped.
 """
 
 import argparse
+import itertools
 import sys
 
 DEMO = "configs/demo.py"
@@ -58,8 +59,20 @@ def dispatch(argv: list[str]) -> int:
         argv = ["pipeline", *argv]
     elif first not in COMMANDS:
         raise UserError(f"unknown subcommand {first!r}{nearest(first, COMMANDS)}")
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_args(_options_last(argv))
     return arguments.function(arguments)
+
+
+def _options_last(argv: list[str]) -> list[str]:
+    """Options behind the settings: argparse does not take a setting that follows an option (`--fork seed=1`)."""
+    if argv[0] not in ("demo", "pipeline", *STAGES, "compare", "doctor"):
+        return argv
+    positional, options, words = [], [], iter(argv)
+    for word in words:
+        (options if word.startswith("-") else positional).append(word)
+        if word == "--topology":
+            options += itertools.islice(words, 1)  # its value
+    return positional + options
 
 
 class _Parser(argparse.ArgumentParser):

@@ -44,6 +44,12 @@ def elsewhere(tmp_path, monkeypatch):
         ("data prepare gsm9k", "did you mean 'gsm8k'?"),
         ("report", "the following arguments are required: RUN"),
         ("doctor configs/demo.py mesh.tensor=7", "does not fit"),
+        ("configs/demo.py --fork sed=1", "did you mean 'seed'?"),
+        ("--fork configs/demo.py sed=1", "did you mean 'seed'?"),
+        ("compare configs/compare_paper.py --tune tuning_seeds=x", "tuning_seeds=x"),
+        ("doctor configs/demo.py --topology v5p:2x2x1 sed=1", "did you mean 'seed'?"),
+        ("doctor configs/demo.py --topology", "expected one argument"),
+        ("configs/demo.py preset=papr", "did you mean 'paper'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(command, words, capsys, tmp_path):
