@@ -179,32 +179,34 @@ def _split(arguments) -> tuple[str, list[str]]:
 def run_stages(arguments) -> int:
     """One stage or all of them."""
     config = _config(arguments)
-    from sdzero_jax import pipeline, runs, signals
+    from sdzero_jax import hosts, pipeline, runs, signals
 
+    hosts.initialize(config.hosts)
     signals.install()
     with runs.open_run(config, arguments.stage, arguments.fork) as run:
         if arguments.stage:
             pipeline.run_stage(run, arguments.stage)
             if arguments.stage == "train":
-                print(pipeline.table({run.config.train.method: pipeline.evaluate_stage(run, "train")}))
+                hosts.show(pipeline.table({run.config.train.method: pipeline.evaluate_stage(run, "train")}))
         else:
-            print(pipeline.table(pipeline.run_all(run)))
-            print(f"\nreport: {run.directory / 'report' / 'report.html'}")
+            hosts.show(pipeline.table(pipeline.run_all(run)))
+            hosts.show(f"\nreport: {run.directory / 'report' / 'report.html'}")
     return 0
 
 
 def compare_methods(arguments) -> int:
-    from sdzero_jax import compare, signals
+    from sdzero_jax import compare, hosts, signals
 
     signals.install()
     comparison = asked = compare.load_comparison(arguments.config, arguments.overrides)
     if arguments.tune:
         comparison = compare.tuning(asked)
+    hosts.initialize(comparison.config.hosts)
     summary = compare.compare(comparison)
-    print(compare.table(summary))
+    hosts.show(compare.table(summary))
     if arguments.tune:
-        print(f"\nbest of each grid:\n{compare.tuned(asked, summary)}")
-    print(f"\nreport: {comparison.folder / 'report' / 'comparison.html'}")
+        hosts.show(f"\nbest of each grid:\n{compare.tuned(asked, summary)}")
+    hosts.show(f"\nreport: {comparison.folder / 'report' / 'comparison.html'}")
     return 0
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from sdzero_jax import hosts
 from sdzero_jax.errors import UserError
 from sdzero_jax.progress import say
 
@@ -93,9 +94,11 @@ class Checkpointer:
 
     def _set_aside(self, step: int, reason: str) -> None:
         say(f"checkpoint {self._directory / str(step)} is damaged ({reason}); going back to the one before")
-        target = self._directory / f"{step}.damaged"
-        shutil.rmtree(target, ignore_errors=True)
-        (self._directory / str(step)).rename(target)
+        if hosts.is_first():
+            target = self._directory / f"{step}.damaged"
+            shutil.rmtree(target, ignore_errors=True)
+            (self._directory / str(step)).rename(target)
+        hosts.barrier(f"set aside {step}")
         self._manager.reload()
 
     def wait(self) -> None:

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from sdzero_jax import signals
+from sdzero_jax import hosts, signals
 from sdzero_jax.errors import Stopped
 from sdzero_jax.files import append_jsonl, read_jsonl_repaired
 from sdzero_jax.progress import Progress, say
@@ -22,12 +22,13 @@ class ChunkLog:
 
     def __init__(self, path: pathlib.Path):
         self._path = path
-        self.records: list[dict[str, Any]] = []
-        self.closings: list[dict[str, Any]] = []
-        if path.exists():
-            self._read()
+        self.records: list[dict[str, Any]]
+        self.closings: list[dict[str, Any]]
+        self.records, self.closings = hosts.from_first(self._read)
 
-    def _read(self) -> None:
+    def _read(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        if not self._path.exists():
+            return [], []
         size = self._path.stat().st_size
         lines, _ = read_jsonl_repaired(self._path)
         cut = self._path.stat().st_size < size
@@ -39,8 +40,7 @@ class ChunkLog:
             temporary.unlink(missing_ok=True)
             append_jsonl(temporary, whole)
             temporary.replace(self._path)
-        self.records = [line for line in whole if "closes" not in line]
-        self.closings = [line for line in whole if "closes" in line]
+        return [line for line in whole if "closes" not in line], [line for line in whole if "closes" in line]
 
     @property
     def done(self) -> int:

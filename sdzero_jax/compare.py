@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sdzero_jax import settings, statistics
+from sdzero_jax import hosts, settings, statistics
 from sdzero_jax.analysis import write_comparison
 from sdzero_jax.chunks import ChunkLog
 from sdzero_jax.config import Config, load_from, override, validate
@@ -161,7 +161,8 @@ def compare(comparison: Comparison) -> dict[str, Any]:
                 results[name][str(seed)] = run_entry(comparison, entry, seed)
         summary = summarise(comparison, results)
         write_json_atomic(folder / "comparison.json", summary)
-        write_comparison(folder)
+        if hosts.is_first():
+            write_comparison(folder)
     return summary
 
 

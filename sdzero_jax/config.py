@@ -17,6 +17,7 @@ from sdzero_jax.collect import CollectConfig
 from sdzero_jax.errors import UserError, nearest
 from sdzero_jax.evaluate import EvaluateConfig
 from sdzero_jax.health import HealthConfig
+from sdzero_jax.hosts import HostsConfig
 from sdzero_jax.losses import get_divergence
 from sdzero_jax.methods import SrtData, find_method
 from sdzero_jax.models import DecoderConfig
@@ -130,6 +131,7 @@ class Config:
     phrases: Annotated[str, "preset of control phrases"] = "embedded"
     task: TaskConfig = TaskConfig()
     problems: ProblemsConfig = ProblemsConfig()
+    hosts: HostsConfig = HostsConfig()
     mesh: MeshConfig = MeshConfig()
     sampler: SamplerConfig = SamplerConfig()
     base: BaseConfig = BaseConfig()

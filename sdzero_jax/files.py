@@ -1,6 +1,7 @@
 """Files that survive a crash: JSON written whole or not at all, JSON lines repaired at opening.
 
-Leaves out locking (one process writes a file) and remote file systems.
+Of a run on several hosts the first one writes; on the others writing does nothing. Leaves out locking and
+remote file systems.
 """
 
 import json
@@ -10,11 +11,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdzero_jax import hosts
 from sdzero_jax.errors import UserError
 
 
 def write_bytes_atomic(path: str | os.PathLike, data: bytes) -> None:
     """Writes `data` under a temporary name, fsyncs and renames: a reader sees the old file or the new one."""
+    if not hosts.is_first():
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
@@ -56,7 +60,7 @@ def append_jsonl(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) 
     The file must end with a whole line: call `read_jsonl_repaired` once before the first append.
     """
     data = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records).encode("ascii")
-    if not data:
+    if not data or not hosts.is_first():
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

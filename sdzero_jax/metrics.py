@@ -1,7 +1,7 @@
 """Metrics: (sum, count) pairs that merge exactly, and a writer to JSON lines and TensorBoard.
 
 A training step returns sums and counts, never means, so that micro-batches, devices and steps of
-unequal token counts merge into the right mean. Leaves out multi-host gathering: one process writes.
+unequal token counts merge into the right mean. All hosts have equal metrics, and the first one writes.
 """
 
 import json
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdzero_jax import hosts
 from sdzero_jax.files import parse_jsonl, write_bytes_atomic
 
 FILE_NAME = "metrics.jsonl"
@@ -48,9 +49,13 @@ class MetricWriter:
     At opening, a broken last line and every row with step > `resume_step` are removed, so that a
     resumed run does not write a step twice; None keeps every whole row, and a run that starts afresh
     passes 0. Each line is flushed as it is written. NaN stays NaN: a diverged loss must be visible.
+    On other hosts than the first it does nothing.
     """
 
     def __init__(self, directory: str | os.PathLike, resume_step: int | None = None):
+        self._file = self._tensorboard = None
+        if not hosts.is_first():
+            return
         # Imported here because only the process that writes needs it.
         from tensorboardX import SummaryWriter
 
@@ -65,6 +70,8 @@ class MetricWriter:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one row {"step": step, **metrics}; values are anything float() takes."""
+        if self._file is None:
+            return
         row = {name: float(value) for name, value in metrics.items()}
         self._file.write(json.dumps({**row, "step": int(step)}, sort_keys=True) + "\n")
         self._file.flush()
@@ -73,7 +80,7 @@ class MetricWriter:
 
     def close(self) -> None:
         """Flushes and closes both files; a second call does nothing."""
-        if not self._file.closed:
+        if self._file is not None and not self._file.closed:
             self._file.close()
             self._tensorboard.close()
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from sdzero_jax import ledger, settings, sharding
+from sdzero_jax import hosts, ledger, settings, sharding
 from sdzero_jax.analysis import localisation_summary, write_report
 from sdzero_jax.analysis.token_scores import localisation_records, top_alternatives
 from sdzero_jax.checkpoint import save_params
@@ -27,13 +27,11 @@ from sdzero_jax.evaluate import evaluate
 from sdzero_jax.examples import RevisionTrace
 from sdzero_jax.files import write_json_atomic
 from sdzero_jax.methods import SRT_STAGES, find_method, srt_sequences
-from sdzero_jax.metrics import FILE_NAME as METRICS
-from sdzero_jax.metrics import read_metrics
 from sdzero_jax.progress import say
 from sdzero_jax.rollouts import sample_responses
 from sdzero_jax.runs import Run
 from sdzero_jax.sources import CorpusSource, SequenceSource
-from sdzero_jax.training import held_out_hooks, off_policy, on_policy, solutions, train_cross_entropy
+from sdzero_jax.training import held_out_hooks, history, off_policy, on_policy, solutions, train_cross_entropy
 
 
 def run_stage(run: Run, stage: str) -> dict[str, Any]:
@@ -113,7 +111,7 @@ def srt(run: Run, folder: pathlib.Path) -> dict[str, Any]:
         params = train_cross_entropy(
             run, f"srt {stage.name}", where, params, source, steps, config, hooks, config.lora
         )
-        spent += ledger.of_training(read_metrics(where / METRICS))
+        spent += ledger.of_training(history(where))
     save_params(folder / "params", params, run.provenance)
     return {"counts": counts, "ledger": dataclasses.asdict(spent)}
 
@@ -254,7 +252,8 @@ def finish(run: Run) -> dict[str, Any]:
     _copy_base_metrics(run)
     summary = summarise(run)
     write_json_atomic(run.directory / "summary.json", summary)
-    write_report(run.directory)
+    if hosts.is_first():
+        write_report(run.directory)
     return summary
 
 
@@ -289,6 +288,8 @@ def table(summary: dict[str, Any]) -> str:
 
 def _copy_base_metrics(run: Run) -> None:
     """The base's curves lie in the cache; the report reads the run directory only."""
+    if not hosts.is_first():
+        return
     target = run.directory / "base"
     target.mkdir(parents=True, exist_ok=True)
     metrics = run.folder("base") / "metrics.jsonl"

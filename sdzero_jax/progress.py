@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
+from sdzero_jax import hosts
+
 
 class Progress:
     """A tqdm bar; in a log file (no terminal) a line every 10 seconds instead of a redrawn one.
@@ -25,6 +27,7 @@ class Progress:
             ascii=not interactive,
             delay=delay,
             leave=not delay,
+            disable=not hosts.is_first(),
         )
 
     def update(self, count: int = 1, figures: Mapping[str, float] | None = None) -> None:
@@ -52,4 +55,5 @@ class Progress:
 
 def say(line: str) -> None:
     """One line for the person at the terminal, above any progress bar."""
-    tqdm.write(line, file=sys.stderr)
+    if hosts.is_first():
+        tqdm.write(line, file=sys.stderr)

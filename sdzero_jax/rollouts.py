@@ -15,6 +15,7 @@ import grain
 import jax
 import jax.numpy as jnp
 
+from sdzero_jax import hosts
 from sdzero_jax.batches import reviser_context
 from sdzero_jax.errors import UserError
 from sdzero_jax.examples import Question, Rollout, Verdict
@@ -176,8 +177,10 @@ def _in_order(jobs: Sequence[_Job], sampled) -> list[Rollout]:
 def _sample(domain: Domain, sampler: Sampler, params, jobs: Sequence[_Job], seed: int, follow=None):
     """Samples and grades all jobs, and those that `follow` makes of a graded rollout: key -> Rollout.
 
-    `follow(rollout, key)` is asked about every rollout and may return one more job.
+    `follow(rollout, key)` is asked about every rollout and may return one more job. Every host samples and
+    grades its share, and gets the rollouts of all.
     """
+    jobs = hosts.share(jobs)
     asked = {job.request.id: job for job in jobs}
     session = sampler.session(params, seed=seed)
     hold = follow is not None
@@ -201,7 +204,18 @@ def _sample(domain: Domain, sampler: Sampler, params, jobs: Sequence[_Job], seed
                         session.submit([job.request])
                     session.release(key)
                 meter.show(rollouts)
-    return rollouts
+    return _of_all_hosts(rollouts)
+
+
+def _of_all_hosts(rollouts: dict[tuple[str, int], Rollout]) -> dict[tuple[str, int], Rollout]:
+    if hosts.count() == 1:
+        return rollouts
+    shares = hosts.gather([list(rollouts), rollouts_to_json(list(rollouts.values()))])
+    return {
+        (name, index): rollout
+        for keys, records in shares
+        for (name, index), rollout in zip(keys, rollouts_from_json(records), strict=True)
+    }
 
 
 def _grade(domain: Domain, done) -> list[tuple[tuple[str, int], Rollout]]:
@@ -293,6 +307,8 @@ class RolloutIterator:
         n: int = 1,
         prefetch: bool = False,
     ):
+        if prefetch and hosts.count() > 1:
+            raise UserError("prefetch=true samples in a thread, which several hosts cannot do in step; set it to false")
         self._questions, self._domain, self._sampler, self._config = questions, domain, sampler, config
         self._label, self._seed, self._n = label, seed, n
         self._drawn = 0  # batches whose questions have been drawn

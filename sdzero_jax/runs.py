@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from sdzero_jax import settings, sharding
+from sdzero_jax import hosts, settings, sharding
 from sdzero_jax.checkpoint import load_params
 from sdzero_jax.config import Config
 from sdzero_jax.errors import UserError
@@ -28,8 +28,8 @@ from sdzero_jax.rollouts import Domain, check_sampling
 from sdzero_jax.sampler import Sampler
 from sdzero_jax.tasks import Task, make_task
 
-# Settings that say where files lie: they may change from one call to the next.
-PLACES = ("run_dir", "base.cache_dir", "problems.data_dir")
+# Settings that say where files lie and where a run runs: they may change from one call to the next.
+PLACES = ("run_dir", "base.cache_dir", "problems.data_dir", "hosts.coordinator", "hosts.count", "hosts.index")
 
 # The stage that each one needs, and with it everything before.
 BEFORE: dict[str, str | None] = {
@@ -114,10 +114,10 @@ class Run:
         }
 
     def sampler(self, slots: int | None = None) -> Sampler:
-        """The run's sampler, with room for its longest context in each of `slots`."""
+        """The run's sampler, with room for its longest context in each of `slots`, shared by all hosts."""
         config = self.config.sampler
-        slots = slots or config.slots
-        mesh = self.mesh
+        slots = -(-(slots or config.slots) // hosts.count())
+        mesh = sharding.host_mesh(self.mesh)
         if config.weights == "tensor":
             mesh = sharding.rollout_mesh(mesh, self.config.model.num_kv_heads)
         parts = sharding.batch_devices(mesh)
@@ -190,7 +190,7 @@ class Run:
     def result(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage recorded, None when it has not finished."""
         path = self.folder(stage) / "done.json"
-        return read_json(path) if path.exists() else None
+        return hosts.from_first(lambda: read_json(path) if path.exists() else None)
 
     def params(self, stage: str, name: str | None = None):
         """Final parameters of a finished stage; a pretrained base is read where it lies."""
@@ -237,12 +237,11 @@ def open_run(config: Config, stage: str | None = None, fork: bool = False) -> Ru
     run = Run(config)
     check_fit(run, stage)
     directory = pathlib.Path(config.run_dir)
-    recorded = directory / "config.json"
+    recorded = hosts.from_first(lambda: read_json(path) if (path := directory / "config.json").exists() else None)
     if stage and run.before(stage):
         run.need(run.before(stage))
-    if recorded.exists():
-        old = read_json(recorded)
-        changed = settings.differences(old, dataclasses.asdict(config), ignore=PLACES)
+    if recorded is not None:
+        changed = settings.differences(recorded, dataclasses.asdict(config), ignore=PLACES)
         if changed and not fork:
             shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
             raise UserError(
@@ -297,11 +296,14 @@ def check_fit(run: Run, stage: str | None = None) -> None:
 
 def _fork(config: Config, directory: pathlib.Path) -> Config:
     """Copies the finished stages whose hash is unchanged to a new run directory."""
+    return dataclasses.replace(config, run_dir=hosts.from_first(lambda: _copy_unchanged(config, directory)))
+
+
+def _copy_unchanged(config: Config, directory: pathlib.Path) -> str:
     number = 1
     while (target := directory.with_name(f"{directory.name}-fork{number}")).exists():
         number += 1
-    config = dataclasses.replace(config, run_dir=str(target))
-    run = Run(config)
+    run = Run(dataclasses.replace(config, run_dir=str(target)))
     reused = []
     temporary = target.with_name(f"{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -313,4 +315,4 @@ def _fork(config: Config, directory: pathlib.Path) -> Config:
             reused.append(stage)
     temporary.rename(target)
     say(f"fork: {target} goes on from {', '.join(reused) or 'the start'}")
-    return config
+    return str(target)

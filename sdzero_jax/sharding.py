@@ -116,9 +116,57 @@ def rollout_shape(shape: Sequence[int], kv_heads: int) -> tuple[int, int, int]:
 
 def rollout_mesh(mesh: Mesh, kv_heads: int) -> Mesh:
     """The devices of a training mesh as `rollout_shape` says."""
-    return Mesh(
-        mesh.devices.reshape(rollout_shape(mesh.devices.shape, kv_heads)), mesh.axis_names, axis_types=mesh.axis_types
-    )
+    return _reshaped(mesh, mesh.devices, rollout_shape(mesh.devices.shape, kv_heads))
+
+
+def host_mesh(mesh: Mesh) -> Mesh:
+    """This process's devices of a mesh, all along `fsdp`; the mesh itself when there is one process."""
+    own = hosts_of(mesh)
+    if len(own) == 1:
+        return mesh
+    devices = own[jax.process_index()]
+    return _reshaped(mesh, devices, (1, len(devices), 1))
+
+
+def hosts_of(mesh: Mesh) -> np.ndarray:
+    """The devices of a mesh by process, [hosts, devices of each]."""
+    flat = list(mesh.devices.flat)
+    numbers = sorted({device.process_index for device in flat})
+    return np.array([[device for device in flat if device.process_index == number] for number in numbers])
+
+
+def _reshaped(mesh: Mesh, devices: np.ndarray, shape: Sequence[int]) -> Mesh:
+    return Mesh(devices.reshape(shape), mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def move(tree: Any, places: Any) -> Any:
+    """Puts arrays where `places` (NamedShardings) says.
+
+    From a mesh of several processes to the devices of this one, every process gets the whole of each array;
+    then all of them have to call.
+    """
+    source = jax.tree.leaves(tree)[0].sharding
+    if source.is_fully_addressable:
+        return jax.device_put(tree, places)
+    everyone = hosts_of(source.mesh)
+
+    def to_own(leaf: jax.Array, place: NamedSharding) -> jax.Array:
+        local = place.mesh
+        grid = Mesh(everyone.reshape(-1, *local.devices.shape), ("host", *local.axis_names))
+        copies = jax.device_put(leaf, NamedSharding(grid, place.spec))
+        shards = [shard.data for shard in copies.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, place, shards)
+
+    return jax.tree.map(to_own, tree, places)
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays on a mesh as numpy arrays, whole on every host; with several hosts all of them have to call."""
+    if all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def spec_for(
@@ -196,22 +244,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def shard_batch(mesh: Mesh, batch: Any) -> Any:
     """Tree of numpy arrays [B, ...] -> global arrays, the leading axis cut over (data, fsdp).
 
-    In a multi-host run each process passes its own rows and the global batch is their
-    concatenation. UserError when the rows do not divide over this process's devices.
+    In a run on several hosts all of them pass the whole batch, and each places its devices' rows.
+    UserError when the rows do not divide over the devices.
     """
     sharding = batch_sharding(mesh)
     parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
-    processes = len({device.process_index for device in mesh.devices.flat})
 
     def put(leaf: np.ndarray) -> jax.Array:
         leaf = np.asarray(leaf)
-        if leaf.ndim == 0:
-            return jax.device_put(leaf, replicated(mesh))
-        rows = leaf.shape[0] * processes
-        if rows % parts:
-            fit = max(parts, round(rows / parts) * parts)
-            raise UserError(f"a batch of {rows} rows does not divide over data x fsdp = {parts}; nearest: {fit}")
-        return jax.make_array_from_process_local_data(sharding, leaf)
+        if leaf.ndim and leaf.shape[0] % parts:
+            fit = max(parts, round(leaf.shape[0] / parts) * parts)
+            raise UserError(
+                f"a batch of {leaf.shape[0]} rows does not divide over data x fsdp = {parts}; nearest: {fit}"
+            )
+        place = sharding if leaf.ndim else replicated(mesh)
+        if place.is_fully_addressable:
+            return jax.device_put(leaf, place)
+        return jax.make_array_from_callback(leaf.shape, place, lambda index: leaf[index])
 
     return jax.tree.map(put, batch)
 

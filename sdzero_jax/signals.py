@@ -1,6 +1,8 @@
-"""SIGINT and SIGTERM as a flag that long work looks at between two steps, to save and stop."""
+"""SIGINT and SIGTERM as a flag that long work looks at between two steps, to save and stop; on all hosts at once."""
 
 import signal
+
+from sdzero_jax import hosts
 
 _received: list[int] = []
 
@@ -18,5 +20,5 @@ def install() -> None:
 
 
 def requested() -> int | None:
-    """The signal that asked the run to stop, or None."""
-    return _received[0] if _received else None
+    """The signal that asked any host to stop, or None. With several hosts: to be called by all of them."""
+    return next((first for first in hosts.gather(_received[0] if _received else None) if first), None)

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from sdzero_jax import ledger, objectives, sharding
+from sdzero_jax import hosts, ledger, objectives, sharding
 from sdzero_jax.batches import ScoredSequence, response_sequence, sequence_batch
 from sdzero_jax.checkpoint import Checkpointer, save_params
 from sdzero_jax.chunks import ChunkLog
@@ -119,7 +119,7 @@ def off_policy(run: Run, folder: pathlib.Path, config: TrainConfig, method: Meth
         run, config.method, folder, params, source, steps, training, adapters=config.lora
     )
     save_params(folder / "params", params, run.provenance)
-    spent += ledger.of_training(read_metrics(folder / METRICS))
+    spent += ledger.of_training(history(folder))
     return {"sequences": len(sequences), "ledger": dataclasses.asdict(spent)}
 
 
@@ -166,7 +166,7 @@ def on_policy(run: Run, stage: str, folder: pathlib.Path, config: DistillConfig,
                 break
         params = on_policy_round(run, stage, where, config, method, params, number)
         save_params(where / "params", params, run.provenance)
-        spent += ledger.of_training(read_metrics(where / METRICS))
+        spent += ledger.of_training(history(where))
         outcome["rounds"] = number
     return outcome | {"ledger": dataclasses.asdict(spent)}
 
@@ -260,8 +260,7 @@ def collected_attempts(run: Run) -> list[Rollout]:
 def on_policy_hooks(run: Run, stage: str, folder, config, method: Method, number: int, step_fn: TrainStep) -> Hooks:
     """Accuracy on validation questions, gated teacher synchronisation, and the length gate."""
     questions = run.problems.questions("validation", config.validation_questions)
-    history = folder / METRICS
-    accuracies = _since_synchronisation(read_metrics(history) if history.exists() else [])
+    accuracies = _since_synchronisation(history(folder))
 
     def validate(params, step):
         rollouts = sample_responses(
@@ -310,6 +309,12 @@ def measure_keep_rate(run: Run, params, label: str) -> float:
         label=label, seed=run.config.seed, revise=(1.0,),
     )  # fmt: skip
     return _mean([revision.verdict.reward or 0.0 for own in revisions for revision in own])
+
+
+def history(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The metrics that were written in a folder, on all hosts; none where there is no file yet."""
+    path = folder / METRICS
+    return hosts.from_first(lambda: read_metrics(path) if path.exists() else [])
 
 
 def _optimizer(config: OptimizerConfig, steps: int):

@@ -10,6 +10,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A file imports only from lower layers; a sub-package is one room and may import sideways inside.
 LAYERS = [
     ("kernels", "errors"),
+    ("hosts",),
     ("files", "progress", "signals", "locks"),
     ("masked", "losses", "prompts", "examples", "metrics", "statistics", "chunks", "health", "settings", "topology"),
     ("ops", "sharding", "optimizer", "tokenizer", "verifiers", "data"),

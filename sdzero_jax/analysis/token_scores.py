@@ -75,7 +75,7 @@ def top_alternatives(
     rows = sharding.batch_devices(mesh) if mesh is not None else 1
     _, arrays = _padded(rollouts, -(-len(rollouts) // rows) * rows, domain, layout, mesh)
     with sharding.use(mesh):
-        tops = jax.device_get(top_batch(model, student, teacher, arrays, count))
+        tops = sharding.fetch(top_batch(model, student, teacher, arrays, count))
     return [
         {
             f"top_{side}": [
@@ -114,7 +114,7 @@ def localisation_records(
         part = list(rollouts[start : start + batch_size])
         batch, arrays = _padded(part, batch_size, domain, layout, mesh)
         with sharding.use(mesh):
-            scores = jax.device_get(score_batch(model, student, teacher, arrays, divergence))
+            scores = sharding.fetch(score_batch(model, student, teacher, arrays, divergence))
         for row, rollout in enumerate(part):
             count = len(rollout.response_ids)
             if not batch["mask"][row].any():

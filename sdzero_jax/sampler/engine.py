@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import jax
 import numpy as np
 
-from sdzero_jax import sharding
+from sdzero_jax import hosts, sharding
 from sdzero_jax.errors import UserError
 from sdzero_jax.models import LanguageModel, cache_bytes
 from sdzero_jax.sampler import programs
@@ -178,6 +178,8 @@ class Session:
         self._cache = self._hidden = self._decode_params = None
         self._programs: set[tuple[str, int]] = set()
         self.statistics = Statistics()
+        if hosts.count() > 1:  # moving parameters takes all hosts, also one that gets no request
+            self._prepare()
 
     # ---- what the caller does
 
@@ -277,10 +279,10 @@ class Session:
             if not waiting:
                 self._prefilled = None
 
-    def _prefill(self) -> None:
-        """Reads the prompts of waiting requests that share the bucket of the first."""
+    def _prepare(self) -> None:
+        """Makes the cache and moves the parameters to where sampling reads them."""
         sampler = self._sampler
-        if self._cache is None:
+        with sharding.use(sampler.mesh):
             self._cache, self._hidden = programs.empty(
                 sampler.model,
                 slots=sampler.slots,
@@ -288,8 +290,14 @@ class Session:
                 dtype=sampler.cache_dtype,
                 block=sampler.block,
             )
-            self._params = programs.for_sampling(sampler.model, self._params, sampler.mesh)
-            self._decode_params = programs.for_decoding(sampler.model, self._params)
+        self._params = programs.for_sampling(sampler.model, self._params, sampler.mesh)
+        self._decode_params = programs.for_decoding(sampler.model, self._params)
+
+    def _prefill(self) -> None:
+        """Reads the prompts of waiting requests that share the bucket of the first."""
+        sampler = self._sampler
+        if self._cache is None:
+            self._prepare()
         bucket = sampler.bucket(len(self._queue[0].prompt))
         rows = sampler.prefill_rows(bucket)
         taken, left = [], collections.deque()

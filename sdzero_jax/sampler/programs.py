@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from sdzero_jax.models import Cache, LanguageModel, insert
 from sdzero_jax.sampler.sampling import sample_tokens
-from sdzero_jax.sharding import constrain, shardings_for
+from sdzero_jax.sharding import constrain, move, shardings_for
 
 
 class Fields(NamedTuple):
@@ -58,7 +58,7 @@ def for_sampling(model: LanguageModel, params, mesh: Mesh | None):
         return _cast(model, params)
     places = shardings_for(mesh, model.param_axes(), model.param_shapes())
     # Cast where they lie: what moves is then in the compute dtype.
-    return jax.device_put(_cast(model, params), places)
+    return move(_cast(model, params), places)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

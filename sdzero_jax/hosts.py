@@ -1,0 +1,131 @@
+"""Several processes as one run: who is first, shares of work, values that all must agree on.
+
+Every process runs the same program; devices of all of them form one mesh. What is sampled and verified
+is shared out and gathered again, so that all hosts go on with equal data; files are the first host's. With
+one process every function here is free. The functions that gather must be called by all hosts, in one order.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeVar
+
+from sdzero_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class HostsConfig:
+    """How the processes of a run find each other; Cloud TPU, Slurm and Open MPI need nothing here."""
+
+    coordinator: Annotated[str, "address:port of the first process; empty: found by jax, or a single process"] = ""
+    count: Annotated[int, "number of processes; 0: found by jax"] = 0
+    index: Annotated[int, "number of this process, from 0; -1: found by jax"] = -1
+
+
+# Variables that say that this process is one of several, and how many there are.
+_CLUSTERS = {
+    "Cloud TPU": lambda: len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")),
+    "Slurm": lambda: int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))),
+    "Open MPI": lambda: int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")),
+}
+
+
+def initialize(config: HostsConfig) -> None:
+    """Joins the processes of the run, before anything else uses jax; no-op for a single process.
+
+    UserError when the settings are incomplete or the others do not come.
+    """
+    import jax
+
+    given = (bool(config.coordinator), config.count > 0, config.index >= 0)
+    if any(given) and not all(given):
+        raise UserError(
+            f"hosts.coordinator={config.coordinator!r}, hosts.count={config.count}, hosts.index={config.index}: "
+            "set all three, or none where jax finds them by itself"
+        )
+    if all(given) and config.index >= config.count:
+        raise UserError(f"hosts.index={config.index} of hosts.count={config.count}; wanted 0 to {config.count - 1}")
+    found = [name for name, size in _CLUSTERS.items() if size() > 1]
+    if not (any(given) or found) or jax.distributed.is_initialized():
+        return
+    where = {}
+    if all(given):
+        where = {"coordinator_address": config.coordinator, "num_processes": config.count, "process_id": config.index}
+    try:
+        jax.distributed.initialize(**where)
+    except (RuntimeError, ValueError) as error:
+        asked = f"hosts.coordinator={config.coordinator}" if all(given) else found[0]
+        raise UserError(f"the processes of this run ({asked}) did not find each other: {error}") from None
+
+
+def _place() -> tuple[int, int]:
+    """(number of this process, of how many). Asks no jax that is not there yet: workers that grade load none."""
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
+        return 0, 1
+    return jax.process_index(), jax.process_count()
+
+
+def count() -> int:
+    """Number of processes."""
+    return _place()[1]
+
+
+def is_first() -> bool:
+    """Whether this process writes the run's files."""
+    return _place()[0] == 0
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """This host's part of the items: every n-th of them."""
+    index, total = _place()
+    return list(items[index::total])
+
+
+def gather(value: Any) -> list[Any]:
+    """The JSON value of every host, in the order of the hosts."""
+    if count() == 1:
+        return [value]
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(data.size)).ravel()
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: data.size] = data
+    rows = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
+
+
+def from_first(read: Callable[[], T]) -> T:
+    """What `read` returns on the first host, a JSON value, on all of them; its UserError too."""
+    if count() == 1:
+        return read()
+    outcome = {}
+    if is_first():
+        try:
+            outcome = {"value": read()}
+        except UserError as error:
+            outcome = {"error": str(error)}
+    outcome = gather(outcome)[0]
+    if "error" in outcome:
+        raise UserError(outcome["error"])
+    return outcome["value"]
+
+
+def barrier(name: str) -> None:
+    """Returns when all hosts have come here."""
+    if count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def show(text: str) -> None:
+    """Prints a result, on the first host."""
+    if is_first():
+        print(text)
