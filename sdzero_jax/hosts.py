@@ -6,8 +6,10 @@ one process every function here is free. The functions that gather must be calle
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
@@ -26,18 +28,15 @@ class HostsConfig:
     index: Annotated[int, "number of this process, from 0; -1: found by jax"] = -1
 
 
-# Variables that say that this process is one of several, and how many there are.
-_CLUSTERS = {
-    "Cloud TPU": lambda: len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")),
-    "Slurm": lambda: int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))),
-    "Open MPI": lambda: int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")),
-}
+# What says how many processes were started: srun and mpirun set these, a batch script alone has them not.
+_CLUSTERS = {"Slurm": "SLURM_STEP_NUM_TASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
 
 
 def initialize(config: HostsConfig) -> None:
-    """Joins the processes of the run, before anything else uses jax; no-op for a single process.
+    """Joins the processes of the run, before anything else uses a device; no-op for a single process.
 
-    UserError when the settings are incomplete or the others do not come.
+    On TPU hosts jax asks the machine for the others. UserError when the settings are incomplete or the
+    others do not come.
     """
     import jax
 
@@ -49,7 +48,8 @@ def initialize(config: HostsConfig) -> None:
         )
     if all(given) and config.index >= config.count:
         raise UserError(f"hosts.index={config.index} of hosts.count={config.count}; wanted 0 to {config.count - 1}")
-    found = [name for name, size in _CLUSTERS.items() if size() > 1]
+    found = [name for name, variable in _CLUSTERS.items() if int(os.environ.get(variable) or 1) > 1]
+    found += ["Cloud TPU"] if _on_tpu() else []
     if not (any(given) or found) or jax.distributed.is_initialized():
         return
     where = {}
@@ -68,6 +68,13 @@ def _place() -> tuple[int, int]:
     if jax is None or not jax.distributed.is_initialized():
         return 0, 1
     return jax.process_index(), jax.process_count()
+
+
+def _on_tpu() -> bool:
+    """Whether this machine has TPU chips that jax may use."""
+    chips = [*pathlib.Path("/dev").glob("accel[0-9]*"), *pathlib.Path("/dev/vfio").glob("[0-9]*")]
+    allowed = os.environ.get("JAX_PLATFORMS", "")
+    return bool(chips) and ("tpu" in allowed if allowed else importlib.util.find_spec("libtpu") is not None)
 
 
 def count() -> int:
@@ -95,7 +102,7 @@ def gather(value: Any) -> list[Any]:
 
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(data.size)).ravel()
-    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)  # few lengths: each is a program
     padded[: data.size] = data
     rows = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
@@ -109,8 +116,9 @@ def from_first(read: Callable[[], T]) -> T:
     if is_first():
         try:
             outcome = {"value": read()}
-        except UserError as error:
-            outcome = {"error": str(error)}
+        except Exception as error:  # the others wait for an answer
+            gather({"error": str(error)})
+            raise
     outcome = gather(outcome)[0]
     if "error" in outcome:
         raise UserError(outcome["error"])

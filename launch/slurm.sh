@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# One task per node, all its GPUs: sbatch launch/slurm.sh configs/NAME.py a.b=c ...
+#SBATCH --job-name=sdzero
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+# --signal: two minutes before the end every task gets SIGTERM, saves and stops; requeued, the job goes on.
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?run me with sbatch}"
+srun --kill-on-bad-exit=1 .venv/bin/python run.py "$@"

@@ -1,0 +1,135 @@
+"""Several processes as one run: two with four devices each against one with eight; a signal to one stops both.
+
+The processes talk through gloo, as they would through a network.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from sdzero_jax import hosts
+from sdzero_jax.checkpoint import load_params
+from sdzero_jax.config import load_config, override
+from sdzero_jax.errors import UserError
+from sdzero_jax.hosts import HostsConfig
+from sdzero_jax.runs import Run
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = (
+    "base.steps=40", "base.checkpoint.every=20", "collect.questions=64", "collect.chunk=32", "evaluate.questions=16",
+    "evaluate.chunk=8", "localisation.questions=16", "srt.checkpoint.every=2",
+    "distill.teacher.schedule=sync_every", "distill.teacher.sync_steps=2", "distill.validate_every=2",
+)  # fmt: skip
+
+
+def test_one_process_is_all_of_them():
+    assert hosts.count() == 1 and hosts.is_first()
+    assert hosts.share([1, 2, 3]) == [1, 2, 3]
+    assert hosts.gather({"a": 1}) == [{"a": 1}]
+    assert hosts.from_first(lambda: float("inf")) == float("inf")
+    hosts.barrier("nothing to wait for")
+    hosts.initialize(HostsConfig())
+    assert not jax.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (HostsConfig(coordinator="localhost:1"), "set all three, or none"),
+        (HostsConfig(count=2, index=1), "set all three, or none"),
+        (HostsConfig("localhost:1", 2, 2), "hosts.index=2 of hosts.count=2; wanted 0 to 1"),
+    ],
+)
+def test_incomplete_settings_are_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        hosts.initialize(config)
+
+
+# ---------------------------------------------------------------------------------------- whole runs
+
+
+def start(directory, processes):
+    """The smoke run on eight devices in this many processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = f"--xla_force_host_platform_device_count={8 // processes}"
+    flags += " --xla_cpu_collective_call_terminate_timeout_seconds=300"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "run.py", "configs/smoke.py", f"run_dir={directory / 'run'}", *SMALL]
+    command += [f"base.cache_dir={directory / 'cache'}"]
+    started = []
+    for index in range(processes):
+        where = [f"hosts.coordinator={address}", f"hosts.count={processes}", f"hosts.index={index}"]
+        with open(directory / f"log{index}", "a") as log:
+            started.append(
+                subprocess.Popen(
+                    [*command, *(where if processes > 1 else [])], cwd=ROOT, stdout=log, stderr=log, env=environment
+                )
+            )
+    return started
+
+
+def finish(directory, processes):
+    """Runs to the end; every process has to end well."""
+    started = start(directory, processes)
+    statuses = [process.wait() for process in started]
+    assert statuses == [0] * processes, (directory / "log0").read_text()[-3000:]
+    return directory
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return finish(tmp_path_factory.mktemp("two"), 2)
+
+
+def outcome(directory):
+    """Traces, recorded responses and the final parameters of every stage."""
+    lines = {
+        str(path.relative_to(directory)): [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted((directory / "run").rglob("*.jsonl"))
+        if path.name != "metrics.jsonl"
+    }
+    config = override(load_config(str(ROOT / "configs/smoke.py")), SMALL)
+    run = Run(override(config, [f"run_dir={directory / 'run'}", f"base.cache_dir={directory / 'cache'}"]))
+    shapes = run.model.param_shapes()
+    folders = [run.folder("base"), run.folder("srt"), *sorted(run.folder("distill").glob("round_*"))]
+    params = [load_params(folder / "params", shapes)[0] for folder in folders]
+    return lines, params
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(two, tmp_path):
+    lines, params = outcome(two)
+    wanted_lines, wanted_params = outcome(finish(tmp_path, 1))
+    assert lines.keys() == wanted_lines.keys() and "run/collect/traces.jsonl" in lines
+    for name, records in lines.items():
+        assert records == wanted_lines[name], name
+    assert len(params) == len(wanted_params) >= 3
+    for one, other in zip(params, wanted_params):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, other)
+    assert "Error" not in (two / "log1").read_text()
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(two, tmp_path):
+    first, second = start(tmp_path, 2)
+    while "srt joint" not in (tmp_path / "log0").read_text() and first.poll() is None:
+        time.sleep(0.1)
+    second.send_signal(signal.SIGTERM)
+    assert [first.wait(), second.wait()] == [143, 143], (tmp_path / "log0").read_text()[-3000:]
+    assert not (tmp_path / "run" / "srt" / "done.json").exists(), "the signal came too late to mean anything"
+    lines, params = outcome(finish(tmp_path, 2))
+    wanted_lines, wanted_params = outcome(two)
+    assert lines == wanted_lines
+    for one, other in zip(params, wanted_params):
+        jax.tree.map(np.testing.assert_array_equal, one, other)
