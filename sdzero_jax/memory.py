@@ -256,7 +256,7 @@ def slots_that_fit(config: Config, mesh, limit: float) -> int:
     if config.sampler.weights == "tensor":
         shape = sharding.rollout_shape(shape, config.model.num_kv_heads)
     parts = shape[0] * shape[1]
-    per_slot = sampling["KV cache"] / -(-max(config.distill.batch_size, config.sampler.slots) // parts)
+    per_slot = sampling["KV cache"] / -(-config.sampler.slots // parts)
     free = limit - sum(now.state.values()) - sum(sampling.values()) + sampling["KV cache"]
     return max(int(free // per_slot), 0) * parts
 
