@@ -251,14 +251,15 @@ def _compute_copies(params: Any, model: DecoderConfig) -> float:
 def slots_that_fit(config: Config, mesh, limit: float) -> int:
     """Slots of the sampler that fit beside the state of a distillation run: 0 when not one per part does."""
     now = estimate(config, mesh)
-    sampling = now.phases["sampling"]
     shape = tuple(mesh.shape.values())
     if config.sampler.weights == "tensor":
         shape = sharding.rollout_shape(shape, config.model.num_kv_heads)
     parts = shape[0] * shape[1]
-    per_slot = sampling["KV cache"] / -(-max(config.distill.batch_size, config.sampler.slots) // parts)
-    free = limit - sum(now.state.values()) - sum(sampling.values()) + sampling["KV cache"]
-    return max(int(free // per_slot), 0) * parts
+    per_part = -(-config.sampler.slots // parts)
+    one_more = override(config, [f"sampler.slots={(per_part + 1) * parts}"])
+    per_slot = _sampling(one_more, mesh)["KV cache"] - now.phases["sampling"]["KV cache"]
+    free = limit - sum(now.state.values()) - sum(now.phases["sampling"].values())
+    return max(per_part + int(free // per_slot), 0) * parts
 
 
 def suggest(config: Config, mesh_shape: Sequence[int], limit: float) -> str:

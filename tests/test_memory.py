@@ -230,6 +230,20 @@ def test_what_fits_needs_no_advice_and_what_does_not_names_the_setting():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rows", [2, 8])
+def test_as_many_slots_as_fit_and_not_one_more(rows):
+    config = override(TINY, [f"distill.batch_size={rows}"])
+    mesh = memory.abstract_mesh(MeshConfig(1, 1, 1), 1)
+    needs = lambda slots: (  # noqa: E731
+        sum((e := memory.estimate(override(config, [f"sampler.slots={slots}"]), mesh)).state.values())
+        + sum(e.phases["sampling"].values())
+    )
+    limit = needs(5) + 1
+    assert memory.slots_that_fit(config, mesh, limit) == 5
+    assert needs(5) <= limit < needs(6)
+    assert memory.slots_that_fit(config, mesh, needs(1) - 1) == 0
+
+
 def test_a_state_that_is_too_large_asks_for_devices():
     state = sum(estimate().state.values())
     assert "4 such devices would do" in memory.suggest(TINY, (1, 1, 1), state * 0.7)
