@@ -2,7 +2,7 @@
 
 Command:   python run.py compare configs/compare_paper.py
 Hardware:  2 CPU cores, 2 GB of memory
-Expected:  docs/RESULTS.md has a first look, of one seed
+Expected:  docs/RESULTS.md has the tuning of the learning rates and a first look, of one seed
 """
 
 import dataclasses
@@ -26,64 +26,58 @@ def get_comparison() -> Comparison:
     return Comparison("compare_paper", config, ENTRIES, seeds=(10, 11, 12, 13, 14), budget=BUDGET, reference="grpo")
 
 
-SRT_AT_BUDGET = ("collect.responses=2",)
-SUPERVISED = ("train.batch_size=64", "train.optimizer.warmup_fraction=0.05", "train.optimizer.clip_norm=1.0")
-BOLD = ("train.optimizer.clip_norm=1.0", "train.optimizer.learning_rate=5e-4")
-LARGE = ("train.batch_size=64", "train.updates=2", *BOLD)
-POLICY = (*LARGE, "train.optimizer.warmup_fraction=0.05")
-GRPO = ("train.method=grpo", "train.samples=4", *POLICY)
-REINFORCE = ("train.method=reinforce", "train.samples=1", *POLICY)
+def rates(*values: str) -> tuple[tuple[str, ...], ...]:
+    """A grid over the learning rate: every method gets the same number of points."""
+    return tuple((f"train.optimizer.learning_rate={value}",) for value in values)
+
+
+DIVERGENCE_RATES = rates("1e-4", "2e-4", "4e-4", "8e-4")
+REWARD_RATES = rates("1.25e-4", "2.5e-4", "5e-4", "1e-3")
+OTHER_RATES = rates("2.5e-4", "5e-4", "1e-3", "2e-3")
+SRT_RATES = tuple((f"srt.optimizer.learning_rate={value}",) for value in ("1e-3", "2e-3", "4e-3", "8e-3"))
+
+
+def method(label: str, *settings: str, rate: str, grid=DIVERGENCE_RATES, fill: bool = True) -> Entry:
+    """A method of the stage `train` with its tuned learning rate, among which `--tune` looked."""
+    return Entry(label, settings=(*settings, f"train.optimizer.learning_rate={rate}"), fill=fill, grid=grid)
+
+
+BOLD = ("train.optimizer.clip_norm=1.0", "train.optimizer.warmup_fraction=0.05")
+SUPERVISED = ("train.batch_size=64", *BOLD)
+GRPO = ("train.method=grpo", "train.samples=4", "train.batch_size=64", "train.updates=2", *BOLD)
+REINFORCE = ("train.method=reinforce", "train.samples=1", "train.batch_size=64", "train.updates=2", *BOLD)
 SDZERO = ("train.start=srt", "train.method=sdzero", "train.samples=1")
 GUIDED = (
     "srt.data.mode=compact", "train.start=srt", "train.samples=1",
     "train.objective.guidance=1", "train.objective.mask_end=true",
 )  # fmt: skip
 BEYOND = (*GUIDED, "train.teacher.schedule=sync_every", "train.teacher.sync_steps=16")
+HYBRID = (
+    *GUIDED, "train.method=sdzero_hybrid", "train.batch_size=64", "train.updates=2", "train.optimizer.clip_norm=1.0",
+    "train.teacher.schedule=sync_every", "train.teacher.sync_steps=8",
+)  # fmt: skip
 
-
-def rates(*values: str) -> tuple[tuple[str, ...], ...]:
-    """A grid over the learning rate: every method gets the same number of points."""
-    return tuple((f"train.optimizer.learning_rate={value}",) for value in values)
-
-
-SRT_RATES = tuple((f"srt.optimizer.learning_rate={value}",) for value in ("5e-4", "1e-3", "2e-3", "4e-3"))
-SLOW, FAST = rates("1e-4", "2e-4", "4e-4", "8e-4"), rates("2.5e-4", "5e-4", "1e-3", "2e-3")
 ENTRIES = {
     "base": Entry("base", "base"),
-    "sft": Entry("SFT", settings=("train.method=sft", *SUPERVISED, "train.optimizer.learning_rate=1e-3"), grid=FAST),
-    "rft": Entry("RFT", settings=("train.method=rft", *SUPERVISED, "train.optimizer.learning_rate=1e-3"), grid=FAST),
-    "grpo": Entry("GRPO", settings=GRPO, fill=True, grid=FAST),
-    "sdft": Entry(
-        "SDFT",
-        settings=("train.method=sdft", "train.samples=1", "train.objective.divergence=forward_kl"),
-        fill=True,
-        grid=SLOW,
+    "sft": method("SFT", "train.method=sft", *SUPERVISED, rate="2e-3", grid=OTHER_RATES, fill=False),
+    "rft": method("RFT", "train.method=rft", *SUPERVISED, rate="1e-3", grid=OTHER_RATES, fill=False),
+    "grpo": method("GRPO", *GRPO, rate="5e-4", grid=REWARD_RATES),
+    "sdft": method(
+        "SDFT", "train.method=sdft", "train.samples=1", "train.objective.divergence=forward_kl", rate="8e-4"
     ),
-    "srt": Entry("SRT", "srt", grid=SRT_RATES),
-    "srt_budget": Entry("SRT at full budget", "srt", SRT_AT_BUDGET, grid=SRT_RATES),
-    "phase2": Entry(
-        "phase 2 only", settings=("train.method=sdzero", "train.samples=1"), fill=True, grid=SLOW
+    "srt": Entry("SRT", "srt", ("srt.optimizer.learning_rate=4e-3",), grid=SRT_RATES),
+    "srt_budget": Entry(
+        "SRT at full budget", "srt", ("collect.responses=2", "srt.optimizer.learning_rate=2e-3"), grid=SRT_RATES
     ),
-    "sdzero": Entry("SD-Zero", settings=SDZERO, fill=True, grid=SLOW),
-    "sdzero_sync": Entry(
-        "SD-Zero + sync",
-        settings=(*SDZERO, "train.teacher.schedule=sync_every", "train.teacher.sync_steps=64"),
-        fill=True,
-        grid=SLOW,
+    "phase2": method("phase 2 only", "train.method=sdzero", "train.samples=1", rate="4e-4"),
+    "sdzero": method("SD-Zero", *SDZERO, rate="4e-4"),
+    "sdzero_sync": method(
+        "SD-Zero + sync", *SDZERO, "train.teacher.schedule=sync_every", "train.teacher.sync_steps=64", rate="4e-4"
     ),
-    "sdzero_grpo": Entry(
-        "SD-Zero, then GRPO", settings=("distill.passes=1", "train.start=distill", *GRPO), fill=True, grid=FAST
+    "sdzero_grpo": method(
+        "SD-Zero, then GRPO", "distill.passes=1", "train.start=distill", *GRPO, rate="2.5e-4", grid=REWARD_RATES
     ),
-    "reinforce": Entry("REINFORCE, batch baseline", settings=REINFORCE, fill=True, grid=FAST),
-    "guided_replay": Entry(
-        "guided SD-Zero + replay + sync", settings=("train.method=sdzero_replay", *BEYOND), fill=True, grid=SLOW
-    ),
-    "hybrid": Entry(
-        "the same + policy gradient",
-        settings=(
-            "train.method=sdzero_hybrid", *BEYOND, *LARGE, "train.teacher.sync_steps=8",
-        ),
-        fill=True,
-        grid=FAST,
-    ),
-}  # fmt: skip
+    "reinforce": method("REINFORCE, batch baseline", *REINFORCE, rate="2.5e-4", grid=REWARD_RATES),
+    "guided_replay": method("guided SD-Zero + replay + sync", "train.method=sdzero_replay", *BEYOND, rate="2e-4"),
+    "hybrid": method("the same + policy gradient", *HYBRID, rate="5e-4", grid=OTHER_RATES),
+}

@@ -120,7 +120,7 @@ def tuning(comparison: Comparison) -> Comparison:
     entries = {}
     for name, entry in comparison.entries.items():
         for number, point in enumerate(entry.grid):
-            label = f"{entry.label}: {' '.join(setting.removeprefix('train.') for setting in point)}"
+            label = f"{entry.label}: {' '.join(setting.rsplit('.', 1)[-1] for setting in point)}"
             own = dataclasses.replace(entry, label=label, settings=(*entry.settings, *point), grid=())
             entries[f"{name}/{number}"] = own
     if not entries:

@@ -203,6 +203,15 @@ def test_lead_and_settings(report):
     assert "- SD-Zero: train.method=x, train.samples=1\n" in report["md"]
 
 
+def test_the_lead_of_a_large_grid_names_its_split_and_not_every_point():
+    methods = {str(i): {"label": f"point {i}"} for i in range(21)}
+    summary = {"k": 4, "seeds": [0], "methods": methods, "reference": "0", "budget": 10}
+    text = comparison.describe(summary | {"config": {"evaluate": {"questions": 512, "split": "validation"}}})
+    assert "each of 512 validation questions" in text and "point 20" not in text and "point 0." in text
+    few = summary | {"methods": dict(list(methods.items())[:20]), "config": {}}
+    assert "point 19" in comparison.describe(few)
+
+
 def test_figures_in_both_themes(report):
     files = {path.stem: path.read_bytes() for path in report["path"].parent.glob("*.png")}
     assert set(files) == {"accuracy", "difference"}

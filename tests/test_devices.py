@@ -38,26 +38,31 @@ for i, question in enumerate(run.task.questions("train", 16)):
 batch, _ = distill_batch(rollouts, run.domain.phrase_ids, run.domain.tokenizer.stop_ids, config.distill.layout)
 loss_fn = functools.partial(objectives.self_distillation, config.distill.objective, run.model)
 student, teacher = (jax.device_get(run.model.init(jax.random.key(i))) for i in range(2))
-RANKS = {"": 0, "adapters ": 3}
+# The adapters' product is as large as the weights: with one ten times larger some gradients are no more than
+# rounding, and Adam's division makes whole steps of them.
+ADAPTERS = {"": lora.LoraConfig(rank=0), "adapters ": lora.LoraConfig(rank=3, alpha=3.0)}
 
-def trained(rank, number):
+def trained(adapters, number):
     # The model itself, or adapters of it that are not zero.
-    if not rank:
+    if not adapters.rank:
         return (student, teacher)[number]
-    shapes = jax.eval_shape(lambda: lora.init(jax.random.key(0), student, lora.LoraConfig(rank)))
+    shapes = jax.eval_shape(lambda: lora.init(jax.random.key(0), student, adapters))
     draw = np.random.default_rng(number)
     return jax.tree.map(lambda leaf: 0.3 * draw.standard_normal(leaf.shape).astype(leaf.dtype), shapes)
 
-def steps(mesh_config, devices, rank):
-    mesh, adapters = sharding.make_mesh(mesh_config, devices), lora.LoraConfig(rank)
+def largest(a, b):
+    return max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+def steps(mesh_config, devices, adapters):
+    mesh = sharding.make_mesh(mesh_config, devices)
     optimizer = make_optimizer(config.distill.optimizer, 3)
     schedule = config.distill.teacher
     state = init_state(
-        run.model, trained(rank, 0), optimizer, mesh,
-        teacher_config=schedule, reviser_params=trained(rank, 1), adapters=adapters,
+        run.model, trained(adapters, 0), optimizer, mesh,
+        teacher_config=schedule, reviser_params=trained(adapters, 1), adapters=adapters,
     )
     places = sharding.shardings_for(mesh, run.model.param_axes(), run.model.param_shapes())
-    frozen = jax.device_put(student, places) if rank else None
+    frozen = jax.device_put(student, places) if adapters.rank else None
     step = make_train_step(
         loss_fn, run.model, optimizer, mesh, teacher_config=schedule, adapters=adapters, frozen=frozen
     )
@@ -66,20 +71,18 @@ def steps(mesh_config, devices, rank):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"][0]))
     shards = {leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in jax.tree.leaves(state.params)}
-    return losses, jax.device_get(step.parameters(state.params)), max(shards)
-
-def largest(a, b):
-    return max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    start, end = (jax.device_get(step.parameters(tree)) for tree in (trained(adapters, 0), state.params))
+    return losses, end, largest(start, end), max(shards)
 
 out = {}
-for name, rank in RANKS.items():
-    one, params_one, _ = steps(sharding.MeshConfig(1, 1, 1), jax.devices()[:1], rank)
+for name, adapters in ADAPTERS.items():
+    one, params_one, moved, _ = steps(sharding.MeshConfig(1, 1, 1), jax.devices()[:1], adapters)
     for data, fsdp, tensor in ((2, 4, 1), (2, 2, 2)):
-        many, params_many, sharded = steps(sharding.MeshConfig(data, fsdp, tensor), jax.devices(), rank)
+        many, params_many, _, sharded = steps(sharding.MeshConfig(data, fsdp, tensor), jax.devices(), adapters)
         out[f"{name}{data}x{fsdp}x{tensor}"] = {
             "loss": max(abs(a - b) / abs(a) for a, b in zip(one, many)),
             "params": largest(params_one, params_many),
-            "moved": largest(params_one, student),
+            "moved": moved,
             "sharded": sharded,
             "first_loss": one[0],
         }

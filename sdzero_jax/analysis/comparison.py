@@ -36,6 +36,7 @@ PAPER = {
 WANTED = {"name": str, "budget": int, "seeds": list, "k": int, "reference": str, "config": dict, "methods": dict}
 WANTED_OF_METHOD = {"label": str, "settings": list, "seeds": dict, "budget_share": (int, float), "at_budget": bool,
                     "mean": dict, "interval": list, "ledger": dict, "difference": (dict, type(None))}  # fmt: skip
+_NAMED = 20  # with more methods than this the first paragraph does not name them
 LEDGER = ("questions", "generations", "sampled_tokens", "student_tokens", "teacher_tokens", "verifier_calls")
 Summary = Mapping[str, Any]
 Method = Mapping[str, Any]
@@ -334,13 +335,16 @@ def draw_dots(figure: Any, theme: plots.Theme, dots: Sequence[Dot], xlabel: str,
 def describe(summary: Summary) -> str:
     """What is compared, in a few plain sentences."""
     k, seeds, methods = summary["k"], summary["seeds"], summary["methods"]
-    questions = summary["config"].get("evaluate", {}).get("questions")
-    each = f"each of {questions:,} test questions" if is_number(questions) else "each test question"
+    asked = summary["config"].get("evaluate", {})
+    questions, split = asked.get("questions"), asked.get("split", "test")
+    each = f"each of {questions:,} {split} questions" if is_number(questions) else f"each {split} question"
+    names = "; ".join(method["label"] for method in methods.values())
+    reference = methods[summary["reference"]]["label"]
+    named = f": {names}" if len(methods) <= _NAMED else ""
     return (
         f"{len(methods)} methods at equal numbers of sampled tokens, {summary['budget']:,} for each, on "
-        f"{len(seeds)} seed{'s' * (len(seeds) != 1)} ({', '.join(map(str, seeds))}): "
-        f"{'; '.join(method['label'] for method in methods.values())}. avg@{k} is the accuracy over {k} samples of "
-        f"{each}. Differences are to {methods[summary['reference']]['label']}."
+        f"{len(seeds)} seed{'s' * (len(seeds) != 1)} ({', '.join(map(str, seeds))}){named}. "
+        f"avg@{k} is the accuracy over {k} samples of {each}. Differences are to {reference}."
     )
 
 
