@@ -70,7 +70,7 @@ def _options_last(argv: list[str]) -> list[str]:
     positional, options, words = [], [], iter(argv)
     for word in words:
         (options if word.startswith("-") else positional).append(word)
-        if word == "--topology":
+        if word in ("--topology", "--gpus"):
             options += itertools.islice(words, 1)  # its value
     return positional + options
 
@@ -132,6 +132,7 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("config", nargs="?", default=DEMO)
     doctor.add_argument("overrides", nargs="*", metavar="a.b=c")
     doctor.add_argument("--topology", metavar="NAME", help="a TPU slice that need not be attached, such as v5p:2x2x4")
+    doctor.add_argument("--gpus", metavar="NxGIB", help="GPUs that need not be attached, such as 1x24")
     doctor.add_argument("--compile", action="store_true", help="compare with the compiler's own count (minutes)")
     doctor.set_defaults(function=examine)
     verify = commands.add_parser("verify", help="grade a JSON-lines file of responses")
@@ -223,7 +224,7 @@ def examine(arguments) -> int:
     from sdzero_jax import doctor
 
     path, overrides = _split(arguments)
-    print("\n".join(doctor.examine(config, path, overrides, arguments.topology, arguments.compile)))
+    print("\n".join(doctor.examine(config, path, overrides, arguments.topology, arguments.compile, arguments.gpus)))
     return 0
 
 

@@ -7,7 +7,8 @@ it owns. Leaves out parsing and help (`settings`).
 import dataclasses
 import importlib.util
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import inf
 from typing import Annotated, Literal, TypeVar
 
 from sdzero_jax import presets, settings
@@ -180,6 +181,12 @@ def validate(config: Config) -> None:
     for name, value in positive.items():
         if value < 1:
             raise UserError(f"{name} is {value}; wanted at least 1")
+    for name, low, high, value in _ranges(config):
+        if not low <= value <= high:  # refuses NaN too
+            raise UserError(f"{name} is {value}; wanted {low} or more" + (f", up to {high}" if high < inf else ""))
+    for name, folder in {"run_dir": config.run_dir, "base.cache_dir": config.base.cache_dir}.items():
+        if not folder:
+            raise UserError(f"{name} is empty; wanted a directory")
     if config.base.steps < 0:
         raise UserError(f"base.steps is {config.base.steps}; wanted 0 (random weights) or more")
     if config.base.pretrained and not config.problems.train:
@@ -192,6 +199,24 @@ def validate(config: Config) -> None:
     _validate_on_policy("train", config.train)
     if not find_method(config.distill.method).on_policy:
         raise UserError(f"distill.method={config.distill.method} samples nothing on-policy; set train.method instead")
+
+
+def _ranges(config: Config) -> Iterator[tuple[str, float, float, float]]:
+    """(setting, smallest, largest, value) of numbers that may not be any."""
+    bounds = {
+        "learning_rate": (0.0, inf), "epsilon": (0.0, inf), "weight_decay": (0.0, inf), "clip_norm": (0.0, inf),
+        "warmup_fraction": (0.0, 1.0), "warmup_start": (0.0, 1.0), "final_fraction": (0.0, 1.0),
+        "beta1": (0.0, 1.0), "beta2": (0.0, 1.0),
+    }  # fmt: skip
+    for stage in ("base", "srt", "distill", "train"):
+        for name, (low, high) in bounds.items():
+            yield f"{stage}.optimizer.{name}", low, high, getattr(getattr(config, stage).optimizer, name)
+    for name, owner in {"seed": config, "task.seed": config.task, "problems.seed": config.problems}.items():
+        yield name, 0, 2**32 - 1, owner.seed
+    health = config.health
+    yield "health.keep_rate_warn", 0.0, 1.0, health.keep_rate_warn
+    yield "health.keep_rate_stop", 0.0, 1.0, health.keep_rate_stop
+    yield "health.min_mean_tokens", 0.0, inf, health.min_mean_tokens
 
 
 def _validate_on_policy(path: str, config: DistillConfig) -> None:

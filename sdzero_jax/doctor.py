@@ -1,6 +1,6 @@
 """`python run.py doctor`: versions, devices, and whether a distillation run fits their memory, before anything runs.
 
-With a topology the devices are those of a TPU slice that is not attached. The numbers are `memory`'s.
+The devices may be those of a TPU slice or GPUs that are not attached. The numbers are `memory`'s.
 """
 
 import importlib.metadata
@@ -14,6 +14,7 @@ import jax
 
 from sdzero_jax import memory, sharding, topology
 from sdzero_jax.config import Config
+from sdzero_jax.errors import UserError
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "safetensors",
@@ -22,26 +23,44 @@ PACKAGES = (
 GIB = 2**30
 
 
+# Of a GPU's memory, what jax can be told to take; by default it takes three quarters.
+GPU_SHARE = 0.92
+
+
 def examine(
-    config: Config, path: str, overrides: Sequence[str] = (), slice_name: str | None = None, compile_it: bool = False
+    config: Config,
+    path: str,
+    overrides: Sequence[str] = (),
+    slice_name: str | None = None,
+    compile_it: bool = False,
+    gpus: str | None = None,
 ) -> list[str]:
     """Lines to print. UserError when the config's mesh does not fit, or the slice or its compiler is not there.
 
     Args:
       path, overrides: where `config` came from, for the process that compiles for a slice.
       slice_name: such as v5p:2x2x4; the mesh is refitted to its chips, the batch to a row per part.
-      compile_it: compile the train step and compare.
+      compile_it: compile the train step and compare; not with `gpus`.
+      gpus: such as 1x24, number and GiB of each, in place of a slice.
     """
+    if gpus and (slice_name or compile_it):
+        raise UserError("GPUs that are not attached are estimated only; leave out --topology and --compile")
     slice_ = topology.parse(slice_name) if slice_name else None
-    devices = slice_.chips if slice_ else len(jax.devices())
-    config = memory.fit_to(config, devices) if slice_ else config
+    if slice_:
+        devices, limit, where = slice_.chips, slice_.memory, f"{slice_.chips} chips of {slice_name}"
+    elif gpus:
+        devices, size = topology.parse_gpus(gpus)
+        limit = GPU_SHARE * size
+        where = f"{devices} GPUs of {size / GIB:g} GiB, with XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}"
+    else:
+        devices, limit, where = len(jax.devices()), device_memory(jax.devices()), "these devices"
+    config = memory.fit_to(config, devices) if slice_ or gpus else config
     mesh = memory.abstract_mesh(config.mesh, devices)
-    limit = slice_.memory if slice_ else device_memory(jax.devices())
-    lines = [*_machine(), "", *_shape(config, mesh, f"{devices} chips of {slice_name}" if slice_ else "these devices")]
+    lines = [*_machine(), "", *_shape(config, mesh, where)]
     estimate = memory.estimate(config, mesh)
     lines += table(estimate)
     lines.append(_verdict(config, mesh, estimate, limit))
-    slots = max(config.distill.batch_size, config.sampler.slots)
+    slots = config.sampler.slots
     fitting = memory.slots_that_fit(config, mesh, limit)
     lines.append(f"  sampler: {slots} slots are set; up to {fitting} would fit beside the state")
     if compile_it:

@@ -277,11 +277,12 @@ def suggest(config: Config, mesh_shape: Sequence[int], limit: float) -> str:
     devices = math.prod(mesh_shape)
     for count in (devices * 2**doubling for doubling in range(1, 11)):
         rows = -(-config.distill.batch_size // count) * count
-        bigger = override(config, [*" ".join(options).split(), f"distill.batch_size={rows}"])
+        bigger = override(config, [f"distill.batch_size={rows}", "distill.microbatches=1"])
         bigger = dataclasses.replace(bigger, mesh=sharding.mesh_preset(count))
-        if estimate(bigger, abstract_mesh(bigger.mesh, count)).peak <= limit:
+        options = " ".join(_options(bigger, sharding.mesh_shape(bigger.mesh, count)))
+        if estimate(override(bigger, options.split()), abstract_mesh(bigger.mesh, count)).peak <= limit:
             return f"no setting is enough on {devices}; {count} such devices would do" + (
-                f", with {' '.join(options)}" if options else ""
+                f", with {options}" if options else ""
             )
     return "no setting and no number of such devices is enough; lower distill.layout.max_response"
 
@@ -296,14 +297,15 @@ def _options(config: Config, mesh_shape: Sequence[int]) -> Iterator[str]:
         yield f"sampler.slots={max(config.distill.batch_size, parts)}"
     if config.model.remat in ("none", "dots"):
         yield "model.remat=full"
+    rows = config.distill.batch_size * config.distill.samples
+    if rows_at_once(config) > parts and rows % parts == 0:
+        yield f"distill.microbatches={rows // parts}"
     if data > 1:
         yield f"mesh.data=1 mesh.fsdp={parts}"
     if config.distill.optimizer.mu_dtype == "float32" and config.model.compute_dtype == "bfloat16":
         yield "distill.optimizer.mu_dtype=bfloat16"
     if not config.sampler.cache_dtype:
         yield "sampler.cache_dtype=int8"
-    if config.distill.batch_size > parts:
-        yield f"distill.batch_size={parts}"
     if config.model.remat != "offload":
         yield "model.remat=offload"
 

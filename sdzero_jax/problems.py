@@ -225,9 +225,19 @@ _CALCULATIONS = re.compile(r"<<[^<>]*>>")  # GSM8K's marks for a calculator
 
 
 def demonstration(question: Question) -> str | None:
-    """A reference solution that ends with the gold answer in a box; None without a solution."""
+    """A right response: one that came with the question, or its reference solution as graders read answers.
+
+    That is, a solution in mathematics ends with the gold answer in a box, and a program stands in a fenced block.
+    None where there is neither.
+    """
+    if isinstance(whole := question.metadata.get("demonstration"), str):
+        return whole
     solution = question.metadata.get("solution")
-    if not isinstance(solution, str) or question.kind != "math":
+    if not isinstance(solution, str):
+        return None
+    if question.kind == "code":
+        return f"```{question.metadata.get('language', 'python')}\n{solution.strip(chr(10))}\n```"
+    if question.kind != "math":
         return None
     solution = _CALCULATIONS.sub("", solution).rpartition("####")[0].strip() or solution.strip()
     boxed = "\\boxed" in solution

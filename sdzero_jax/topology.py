@@ -1,4 +1,4 @@
-"""TPU slices that are not attached: names, memory per chip, and devices to compile for.
+"""Devices that are not attached: TPU slices by name, memory per chip, devices to compile for; GPUs by number and size.
 
 libtpu's compiler works without a TPU, given a description of the slice. It wants its own process with
 its settings in the environment before jax is imported: `run_for` starts one. Left out: what to compile.
@@ -72,6 +72,14 @@ def parse(name: str) -> Topology:
     for side in sides:
         chips *= side
     return Topology(name, generation, chips)
+
+
+def parse_gpus(name: str) -> tuple[int, float]:
+    """'8x80' -> (number of GPUs, bytes of each); UserError names the form."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name)
+    if not match:
+        raise UserError(f"GPUs {name!r}; wanted their number and the GiB of each, such as 1x24 or 8x80")
+    return int(match[1]), int(match[2]) * GIB
 
 
 def libtpu_requirement() -> str:

@@ -244,6 +244,15 @@ def test_as_many_slots_as_fit_and_not_one_more(rows):
     assert memory.slots_that_fit(config, mesh, needs(1) - 1) == 0
 
 
+def test_a_batch_is_cut_into_parts_before_anything_that_changes_results():
+    config = override(TINY, ["distill.batch_size=8", "model.remat=full", "sampler.slots=1"])
+    one = estimate(override(config, ["distill.microbatches=8"])).peak
+    assert one < estimate(config).peak
+    assert memory.suggest(config, (1, 1, 1), one) == "set distill.microbatches=8"
+    cut = override(config, ["distill.microbatches=8"])
+    assert "microbatches" not in memory.suggest(cut, (1, 1, 1), one - 1)
+
+
 def test_a_state_that_is_too_large_asks_for_devices():
     state = sum(estimate().state.values())
     assert "4 such devices would do" in memory.suggest(TINY, (1, 1, 1), state * 0.7)
@@ -266,6 +275,38 @@ def test_the_doctor_says_what_fits_a_slice_that_is_not_there():
     assert "fsdp 16" in text and "16 chips of v5p:2x2x4" in text and "of 95.0: fits" in text
     small = "\n".join(doctor.examine(config, "", slice_name="v5e:2x2"))
     assert "does not fit; no setting is enough on 4;" in small
+
+
+@pytest.mark.parametrize(
+    "name, hardware, devices",
+    [
+        ("sdzero_qwen3_4b_math", "v6e:2x4", 8),
+        ("sdzero_qwen3_4b_code", "v6e:2x4", 8),
+        ("sdzero_olmo3_7b_math", "v6e:4x4", 16),
+        ("sdzero_olmo3_7b_code", "v6e:4x4", 16),
+        ("lora_qwen3_4b_math", "1x24", 1),
+        ("lora_qwen3_1_7b_math", "1x24", 1),
+    ],
+)
+def test_real_settings_fit_their_smallest_hardware_and_not_half_of_it(name, hardware, devices):
+    config = load_config(f"configs/{name}.py")
+    where = {"slice_name": hardware} if ":" in hardware else {"gpus": hardware}
+    lines = doctor.examine(config, f"configs/{name}.py", **where)
+    assert any(f" on {devices} " in line for line in lines)
+    assert any(line.endswith(": fits") for line in lines)
+    half = {"slice_name": "v6e:2x2" if devices == 8 else "v6e:2x4"} if ":" in hardware else {"gpus": "1x16"}
+    assert "does not fit" in "\n".join(doctor.examine(config, "", **half))
+
+
+@pytest.mark.parametrize("gpus", ["24", "0x24", "1x", "1x24GiB"])
+def test_gpus_are_a_number_and_a_size(gpus):
+    with pytest.raises(UserError, match="such as 1x24 or 8x80"):
+        doctor.examine(load_config("configs/demo.py"), "", gpus=gpus)
+
+
+def test_gpus_that_are_not_there_are_estimated_only():
+    with pytest.raises(UserError, match="leave out --topology and --compile"):
+        doctor.examine(load_config("configs/demo.py"), "", gpus="1x24", compile_it=True)
 
 
 @pytest.mark.parametrize("name", ["sdzero_qwen3_4b_math", "sdzero_olmo3_7b_math"])

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
+from model_folders import model_folders
 
-from sdzero_jax.data import code_rows
+from sdzero_jax.data import QuestionsConfig, code_rows, load_questions, prepare_set
 from sdzero_jax.data.questions import FieldMapping
 from sdzero_jax.errors import UserError
 from sdzero_jax.examples import Question
@@ -14,6 +16,7 @@ from sdzero_jax.problems import ProblemsConfig, RealProblems, demonstration, ope
 from sdzero_jax.verifiers import PoolSettings
 from sdzero_jax.verifiers.sandbox import get_sandbox
 
+ROOT = pathlib.Path(__file__).parents[1]
 ROWS = [
     {"id": f"q{i}", "problem": f"What is {i} + {i}?", "answer": str(2 * i), "solution": f"It is \\boxed{{{2 * i}}}."}
     for i in range(40)
@@ -141,6 +144,17 @@ def test_a_demonstration_ends_with_the_gold_answer_in_a_box():
     math = Question("m", "?", ("5",), "math", {"solution": "Clearly $\\boxed{5}$."})
     assert demonstration(math) == "Clearly $\\boxed{5}$."
     assert demonstration(Question("n", "?", ("5",), "math")) is None
+    whole = Question("w", "?", ("5",), "math", {"solution": "Clearly $\\boxed{5}$.", "demonstration": "By and by, 5."})
+    assert demonstration(whole) == "By and by, 5."
+
+
+@pytest.mark.parametrize("name", ["mbpp", "humaneval"])
+def test_a_demonstration_of_a_programming_problem_passes_its_tests(name, tmp_path):
+    prepare_set(name, data_dir=tmp_path, source_dir=ROOT / "tests/data/questions")
+    questions = list(load_questions(QuestionsConfig(f"{name}:test", str(tmp_path))))[:10]
+    graders = Graders(ONE_WORKER)
+    assert {v.outcome for v in graders.verify(questions, [demonstration(q) for q in questions])} == {"correct"}
+    graders.close()
 
 
 def tiny_tokenizer(folder, texts):
@@ -209,3 +223,35 @@ def test_a_whole_run_on_real_questions(tmp_path, monkeypatch, capsys):
     again = write(tmp_path / "again.jsonl", [{k: r[k] for k in ("response", "gold")} for r in records])
     counts = grade_file(again).outcomes
     assert counts.get("correct", 0) == sum(record["reward"] == 1.0 for record in records) > 0
+
+
+@pytest.mark.slow
+def test_a_whole_run_on_programs(tmp_path):
+    """MBPP through every stage with the real tokenizer, HumanEval evaluated; the judge repeats its verdicts."""
+    from sdzero_jax import pipeline, runs
+    from sdzero_jax.config import load_config, override, validate
+
+    for name in ("mbpp", "humaneval"):
+        prepare_set(name, data_dir=tmp_path / "data", source_dir=ROOT / "tests/data/questions")
+    tokenizer = model_folders(tmp_path) / "qwen3"
+    config = override(
+        load_config("configs/mbpp_tiny.py"),
+        [f"run_dir={tmp_path}/run", f"base.cache_dir={tmp_path}/cache", f"problems.data_dir={tmp_path}/data",
+         f"problems.tokenizer={tokenizer}", "problems.test=humaneval:test", "base.steps=60", "distill.questions=2"],
+    )  # fmt: skip
+    validate(config)
+    with runs.open_run(config) as run:
+        pipeline.run_all(run)
+        traces = [json.loads(line) for line in (run.folder("collect") / "traces.jsonl").read_text().splitlines()]
+        questions = {question.id: question for question in run.problems.questions("train", config.collect.questions)}
+        traces = [trace for trace in traces if "question_id" in trace]
+        asked = [questions[trace["question_id"]] for trace in traces]
+        texts = [run.domain.tokenizer.decode(trace["init_ids"]) for trace in traces]
+        again = [verdict.outcome for verdict in run.problems.verify(asked, texts)]
+    assert again == [trace["init_verdict"]["outcome"] for trace in traces] and "correct" in again
+    metrics = (tmp_path / "run/distill/round_1/metrics.jsonl").read_text()
+    assert metrics.count('"divergence"') == 2
+    for model in ("base", "srt", "sdzero"):
+        records = (tmp_path / f"run/evaluate/{model}.jsonl").read_text().splitlines()
+        assert any("humaneval-" in record for record in records)
+    assert "mbpp_tiny" in (tmp_path / "run/report/report.html").read_text()

@@ -1,6 +1,5 @@
 """Hugging Face tokenizers of both families: golden ids, pieces, end tokens, fingerprints, token layout."""
 
-import gzip
 import json
 import pathlib
 import random
@@ -10,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from model_folders import DATA, TEMPLATES, model_folders
 
 from sdzero_jax.batches import DistillLayout, distill_batch
 from sdzero_jax.errors import UserError
@@ -17,24 +17,12 @@ from sdzero_jax.examples import Question, Rollout, Verdict
 from sdzero_jax.prompts import MATH_INSTRUCTION, PHRASES, code_instruction, instructed
 from sdzero_jax.tokenizer import HFTokenizer
 
-DATA = pathlib.Path(__file__).parent / "data" / "tokenizers"
-TEMPLATES = {"qwen3": "chat_template_instruct_2507.jinja", "olmo3": "chat_template_7b_instruct.jinja"}
 FAMILIES = sorted(TEMPLATES)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Model folders as a hub snapshot has them, unpacked from the repository's copies."""
-    root = tmp_path_factory.mktemp("tokenizers")
-    for family, template in TEMPLATES.items():
-        folder = root / family
-        folder.mkdir()
-        with gzip.open(DATA / family / "tokenizer.json.gz") as packed:
-            (folder / "tokenizer.json").write_bytes(packed.read())
-        for name in ("tokenizer_config.json", "generation_config.json"):
-            shutil.copy(DATA / family / name, folder)
-        shutil.copy(DATA / family / template, folder / "chat_template.jinja")
-    return root
+    return model_folders(tmp_path_factory.mktemp("tokenizers"))
 
 
 @pytest.fixture(scope="module")
