@@ -26,14 +26,14 @@ COMMANDS = ("demo", "pipeline", *STAGES, "compare", "report", "doctor", "verify"
 
 def main(argv: list[str]) -> int:
     """Runs one subcommand and returns the exit status."""
-    from sdzero_jax.errors import HealthStop, Stopped, UserError
+    from sdzero_jax.errors import Fault, HealthStop, Stopped, UserError, full_disk
 
     try:
         return dispatch(argv)
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
-    except HealthStop as stop:
+    except (HealthStop, Fault) as stop:
         print(f"stopped: {_one_line(stop)}", file=sys.stderr)
         return 1
     except Stopped as stop:
@@ -42,6 +42,15 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last save", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not full_disk(error):
+            raise
+        print(
+            f"stopped: the disk is full ({_one_line(error)[:200]}); free some space, and the same command goes on "
+            "from the last save",
+            file=sys.stderr,
+        )
+        return 1
 
 
 def _one_line(error: Exception) -> str:
@@ -212,10 +221,13 @@ def compare_methods(arguments) -> int:
 
 
 def write_reports(arguments) -> int:
+    from sdzero_jax import stores
     from sdzero_jax.analysis import write_report
 
     for run in arguments.runs:
-        print(write_report(run))
+        folder = stores.local(run)
+        print(write_report(folder))
+        stores.push(folder)
     return 0
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from sdzero_jax import hosts
+from sdzero_jax import hosts, stores
 from sdzero_jax.errors import UserError
 from sdzero_jax.progress import say
 
@@ -43,7 +43,7 @@ class Checkpointer:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        self._directory = pathlib.Path(directory).absolute()
+        self._directory = stores.remote(directory)
         self._best_metric = best_metric
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -70,7 +70,8 @@ class Checkpointer:
         """The newest whole checkpoint as (step, state, iterator, metadata); None when there is none.
 
         A checkpoint that cannot be read or whose arrays changed since they were written is set
-        aside (renamed to STEP.damaged) with a line that says so, and the one before is taken.
+        aside (renamed to STEP.damaged; on an object store removed) with a line that says so, and the one
+        before is taken.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -95,9 +96,12 @@ class Checkpointer:
     def _set_aside(self, step: int, reason: str) -> None:
         say(f"checkpoint {self._directory / str(step)} is damaged ({reason}); going back to the one before")
         if hosts.is_first():
-            target = self._directory / f"{step}.damaged"
-            shutil.rmtree(target, ignore_errors=True)
-            (self._directory / str(step)).rename(target)
+            damaged = self._directory / str(step)
+            if stores.is_url(damaged):
+                damaged.rmtree()  # a store cannot rename
+            else:
+                shutil.rmtree(f"{damaged}.damaged", ignore_errors=True)
+                damaged.rename(f"{damaged}.damaged")
         hosts.barrier(f"set aside {step}")
         self._manager.reload()
 
@@ -120,7 +124,7 @@ def save_params(directory: pathlib.Path, params, metadata: Mapping) -> None:
 def load_params(directory: pathlib.Path, abstract_params) -> tuple[Any, dict]:
     """Reads what `save_params` wrote; UserError when it is missing or damaged."""
     restored = None
-    if directory.is_dir():
+    if stores.remote(directory).is_dir():
         checkpointer = Checkpointer(directory, CheckpointConfig(keep_latest=1))
         restored = checkpointer.restore({"params": abstract_params})
         checkpointer.close()

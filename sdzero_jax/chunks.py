@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from sdzero_jax import hosts, signals
+from sdzero_jax import hosts, signals, stores
 from sdzero_jax.errors import Stopped
 from sdzero_jax.files import append_jsonl, read_jsonl_repaired
 from sdzero_jax.progress import Progress, say
@@ -51,6 +51,7 @@ class ChunkLog:
         """Writes the next chunk in one append."""
         closing = {"closes": self.done, **counts}
         append_jsonl(self._path, [*records, closing])
+        stores.push(self._path)
         self.records += [dict(record) for record in records]
         self.closings.append(closing)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sdzero_jax import hosts, settings, statistics
+from sdzero_jax import hosts, settings, statistics, stores
 from sdzero_jax.analysis import write_comparison
 from sdzero_jax.chunks import ChunkLog
 from sdzero_jax.config import Config, load_from, override, validate
@@ -60,7 +60,7 @@ class Comparison:
 
     @property
     def folder(self) -> pathlib.Path:
-        return pathlib.Path(self.directory) / self.name
+        return stores.local(self.directory) / self.name
 
 
 def load_comparison(path: str, overrides: Sequence[str]) -> Comparison:
@@ -163,6 +163,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         write_json_atomic(folder / "comparison.json", summary)
         if hosts.is_first():
             write_comparison(folder)
+        stores.push(folder)
     return summary
 
 

@@ -5,11 +5,25 @@ and exits with status 2. Anything else that escapes is a fault of ours (status 1
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
 class UserError(Exception):
     """Bad input: one line that names what came, what was wanted and the nearest valid choice."""
+
+
+class Fault(Exception):
+    """Something that the run needs failed (a store, a disk): one line that says what to do. Exit status 1."""
+
+
+def full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, is a disk without space: libraries wrap it in errors of their own."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Stopped(Exception):

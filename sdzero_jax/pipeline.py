@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from sdzero_jax import hosts, ledger, settings, sharding
+from sdzero_jax import hosts, ledger, settings, sharding, stores
 from sdzero_jax.analysis import localisation_summary, write_report
 from sdzero_jax.analysis.token_scores import localisation_records, top_alternatives
 from sdzero_jax.checkpoint import save_params
@@ -48,6 +48,7 @@ def run_stage(run: Run, stage: str) -> dict[str, Any]:
     result = STAGES[stage](run, folder)
     result |= {"key": run.key(stage), "seconds": round(time.perf_counter() - started, 1)}
     write_json_atomic(folder / "done.json", result)
+    stores.push(folder)
     return result
 
 
@@ -172,13 +173,14 @@ def _evaluated(run: Run, stage: str, base_records):
     config = run.config.evaluate
     key = settings.digest(run.key(stage), config, run.config.sampler, run.config.phrases)
     folder = (run.shared or run.directory) / f"evaluate-{key}"
-    whole = (folder / "metrics.json").exists()  # then every response is there, and no model is needed
+    whole = hosts.from_first(lambda: (folder / "metrics.json").exists())  # then every response is there, and no model is needed
     records, metrics = evaluate(
         folder / "responses.jsonl", config, run.domain, run.sampler(), None if whole else run.params(stage)[0],
         run.problems.questions(config.split, config.questions), base_records, name=stage, seed=run.config.seed,
     )  # fmt: skip
     if not whole:
         write_json_atomic(folder / "metrics.json", metrics)
+        stores.push(folder)
     return records, metrics | {"responses": str(folder / "responses.jsonl")}
 
 
@@ -254,6 +256,7 @@ def finish(run: Run) -> dict[str, Any]:
     write_json_atomic(run.directory / "summary.json", summary)
     if hosts.is_first():
         write_report(run.directory)
+    stores.push(run.directory)
     return summary
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 
-from sdzero_jax import hosts, settings, sharding
+from sdzero_jax import hosts, settings, sharding, stores
 from sdzero_jax.checkpoint import load_params
-from sdzero_jax.config import Config
+from sdzero_jax.config import BaseConfig, Config
 from sdzero_jax.errors import UserError
 from sdzero_jax.files import read_json, write_json_atomic
 from sdzero_jax.locks import exclusive
@@ -49,14 +49,15 @@ class Run:
     def __init__(self, config: Config, shared: pathlib.Path | None = None):
         """With `shared`, stages lie there under their hashes, so that runs share those that are equal."""
         self.config, self.shared = config, shared
-        self.directory = pathlib.Path(config.run_dir)
+        self.directory = stores.local(config.run_dir)
         self._locks = contextlib.ExitStack()
 
     def __enter__(self) -> "Run":
         if not self.shared:
             self.lock(self.directory)
             write_json_atomic(self.directory / "config.json", json.loads(json.dumps(dataclasses.asdict(self.config))))
-        _cache_programs(pathlib.Path(self.config.base.cache_dir) / "programs")
+            stores.push(self.directory)
+        _cache_programs(self.config.base.cache_dir)
         return self
 
     def __exit__(self, *exception) -> None:
@@ -182,7 +183,7 @@ class Run:
     def folder(self, stage: str) -> pathlib.Path:
         """Where a stage writes; base models are shared between runs through the cache."""
         if stage == "base":
-            return pathlib.Path(self.config.base.cache_dir) / f"base-{self.key('base')}"
+            return stores.local(self.config.base.cache_dir) / f"base-{self.key('base')}"
         if self.shared:
             return self.shared / f"{stage}-{self.key(stage)}"
         return self.directory / stage
@@ -218,8 +219,9 @@ class Run:
         return result
 
 
-def _cache_programs(directory: pathlib.Path) -> None:
+def _cache_programs(cache_dir: str) -> None:
     """Keeps compiled programs on disk, so that a run that goes on does not compile again."""
+    directory = pathlib.Path(BaseConfig().cache_dir if stores.is_url(cache_dir) else cache_dir) / "programs"
     if jax.config.jax_compilation_cache_dir is None:  # else the user's own choice stands
         jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
@@ -236,7 +238,7 @@ def open_run(config: Config, stage: str | None = None, fork: bool = False) -> Ru
     """
     run = Run(config)
     check_fit(run, stage)
-    directory = pathlib.Path(config.run_dir)
+    directory = run.directory
     recorded = hosts.from_first(lambda: read_json(path) if (path := directory / "config.json").exists() else None)
     if stage and run.before(stage):
         run.need(run.before(stage))
@@ -248,6 +250,8 @@ def open_run(config: Config, stage: str | None = None, fork: bool = False) -> Ru
                 f"{directory} holds a run with other settings ({shown}); add --fork to go on in a new "
                 "directory from the stages that do not change, or set run_dir="
             )
+        if changed and stores.is_url(config.run_dir):
+            raise UserError(f"--fork copies on one file system; run_dir={config.run_dir} has none: set another run_dir=")
         if changed:
             return Run(_fork(config, directory))
     return run

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import jax
 
-from sdzero_jax import signals
+from sdzero_jax import signals, stores
 from sdzero_jax.checkpoint import Checkpointer, abstract_like
 from sdzero_jax.errors import HealthStop, Stopped
 from sdzero_jax.metrics import MetricWriter, finalise
@@ -76,6 +76,12 @@ def fit(
         if done < total_steps:
             say(f"{name}: continuing after step {done} of {total_steps}")
     writer = MetricWriter(directory, resume_step=done)
+
+    def save(step: int, figures: Mapping[str, float]) -> None:
+        validation = {name: value for name, value in figures.items() if name.startswith("validation_")}
+        stores.push(directory)  # first: the metrics have to reach at least as far as the checkpoint
+        checkpointer.save(step, state, source.get_state(), metadata, validation or None)
+
     try:
         with Progress(name, total_steps, initial=done, unit="step") as bar:
             for step in range(done + 1, total_steps + 1):
@@ -83,7 +89,7 @@ def fit(
                     state, figures = _one_step(state, step_fn, source, step, total_steps, hooks)
                 except StopIteration:  # the source has spent its budget
                     bar.advance_to(step - 1, step - 1, {})
-                    checkpointer.save(step - 1, state, source.get_state(), metadata)
+                    save(step - 1, {})
                     break
                 reason = _unhealthy(figures) or (hooks.check(figures) if hooks.check else None)
                 if reason:
@@ -95,8 +101,7 @@ def fit(
                 writer.write(step, figures)
                 stop = signals.requested()
                 if step % save_every == 0 or step == total_steps or stop:
-                    validation = {k: v for k, v in figures.items() if k.startswith("validation_")}
-                    checkpointer.save(step, state, source.get_state(), metadata, validation or None)
+                    save(step, figures)
                 bar.update(1, _headline(figures))
                 if stop and step < total_steps:
                     checkpointer.wait()

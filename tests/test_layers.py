@@ -12,6 +12,7 @@ LAYERS = [
     ("kernels", "errors"),
     ("hosts",),
     ("files", "progress", "signals", "locks"),
+    ("stores",),
     ("masked", "losses", "prompts", "examples", "metrics", "statistics", "chunks", "health", "settings", "topology"),
     ("ops", "sharding", "optimizer", "tokenizer", "verifiers", "data"),
     ("models", "tasks", "batches"),

@@ -1,4 +1,4 @@
-"""Kill a run anywhere, start it again: the result is bit for bit that of an uninterrupted one.
+"""Stop a run by whatever stops runs, start it again: the result is bit for bit that of an uninterrupted one.
 
 SDZERO_KILLS sets the number of kills (default 4), SDZERO_KILL_WINDOW the seconds after the start of a
 stage in which they fall (default 3), SDZERO_KILL_CONFIG the config (default the smoke one).
@@ -9,6 +9,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,10 +25,37 @@ KILLS = int(os.environ.get("SDZERO_KILLS", "4"))
 pytestmark = pytest.mark.slow
 
 
-def start(directory):
-    command = [
-        sys.executable, "run.py", CONFIG, f"run_dir={directory / 'run'}", f"base.cache_dir={directory / 'cache'}",
+# Weights that are not numbers make every gradient of a step NaN; only training after the base has under 100 steps.
+POISON = """
+import sys
+import jax, numpy as np
+sys.path.insert(0, ".")
+import run
+from sdzero_jax import train
+one_step, seen = train._one_step, []
+def poisoned(state, step_fn, source, step, total_steps, hooks):
+    class Source:
+        def next(self, params):
+            batch, figures = source.next(params)
+            if total_steps < 100 and step == 5:
+                spoil = lambda leaf: leaf * np.nan if np.issubdtype(leaf.dtype, np.floating) else leaf
+                batch = jax.tree.map(spoil, batch)
+            return batch, figures
+    return one_step(state, step_fn, Source(), step, total_steps, hooks)
+train._one_step = poisoned
+raise SystemExit(run.main(sys.argv[1:]))
+"""
+
+
+def command_of(directory, program=("run.py",)):
+    return [
+        sys.executable, *program, CONFIG, f"run_dir={directory / 'run'}", f"base.cache_dir={directory / 'cache'}",
     ]  # fmt: skip
+
+
+def start(directory, program=("run.py",), wrapped=lambda command: command):
+    """Starts the run; `program` in the place of run.py, the command line as `wrapped` makes it."""
+    command = wrapped(command_of(directory, program))
     # Programs are shared between the runs: an uncompiled and a cached one must give the same bits.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "programs")}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
@@ -125,3 +153,41 @@ def test_a_finished_run_prints_its_table_again(uninterrupted):
         again = log.read()
     assert "sdzero" in again and "step/s" not in again
     assert outcome(directory) == uninterrupted[1]
+
+
+def test_a_nan_gradient_stops_with_the_last_good_checkpoint(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted[0] / "cache", tmp_path / "cache")
+    assert start(tmp_path, ("-c", POISON)).wait() == 1
+    last = log_of(tmp_path).splitlines()[-1]
+    assert "is not finite; the last good checkpoint is step" in last and last.startswith("stopped: srt"), last
+    assert start(tmp_path).wait() == 0, log_of(tmp_path)[-3000:]
+    assert outcome(tmp_path) == uninterrupted[1]
+
+
+def test_a_reviser_that_keeps_too_little_is_not_distilled(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted[0], tmp_path, dirs_exist_ok=True)
+    process = start(tmp_path, wrapped=lambda command: [*command, "health.keep_rate_stop=0.99", "--fork"])
+    assert process.wait() == 1
+    last = log_of(tmp_path).splitlines()[-1]
+    assert last.startswith("stopped:") and "is below 0.99 (health.keep_rate_stop)" in last, last
+    assert outcome(tmp_path) == uninterrupted[1], "the run that was forked has changed"
+
+
+@pytest.mark.parametrize("kib", [48, 4500])
+def test_a_full_disk_is_one_line_and_costs_nothing(uninterrupted, tmp_path, kib):
+    """A disk that is full while traces are written, or while a checkpoint is saved; then it is made larger."""
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"]).returncode:
+        pytest.skip("no mounts of one's own here (unshare -rm)")
+    shutil.copytree(uninterrupted[0] / "cache", tmp_path / "cache")
+    (tmp_path / "run").mkdir()
+    script = (
+        f'mount -t tmpfs -o size={kib}k none {tmp_path}/run && {{ "$@"; echo $? > {tmp_path}/status; }} ; '
+        f'mount -o remount,size=500m {tmp_path}/run && "$@" && cp -r {tmp_path}/run {tmp_path}/kept'
+    )
+    process = start(tmp_path, wrapped=lambda command: ["unshare", "-rm", "sh", "-c", script, "sh", *command])
+    assert process.wait() == 0, log_of(tmp_path)[-3000:]
+    assert (tmp_path / "status").read_text() == "1\n"
+    assert "stopped: the disk is full" in log_of(tmp_path) and "Traceback" not in log_of(tmp_path)
+    (tmp_path / "run").rmdir()
+    (tmp_path / "kept").rename(tmp_path / "run")
+    assert outcome(tmp_path) == uninterrupted[1]

@@ -1,0 +1,238 @@
+"""Run directories on object stores: parts and manifest, failing calls, machines that take over, a whole run."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from sdzero_jax import stores
+from sdzero_jax.errors import Fault, UserError
+from sdzero_jax.files import append_jsonl, read_jsonl_repaired
+from tests.object_store import FakeStore
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class ObjectStore(MemoryFileSystem):
+    """Objects whole: no append, no rename, no handle to write through; the next `failing` calls fail."""
+
+    protocol = "objects"
+    store: dict = {}
+    pseudo_dirs = [""]
+    failing = 0
+
+    def _open(self, path, mode="rb", **kwargs):
+        assert mode in ("rb", "wb"), f"an object store cannot open with mode {mode}"
+        if ObjectStore.failing:
+            ObjectStore.failing -= 1
+            raise OSError("the store is not there")
+        return super()._open(path, mode, **kwargs)
+
+    def mv(self, *_, **__):
+        raise NotImplementedError("an object store cannot rename")
+
+    cp_file = mv
+
+
+fsspec.register_implementation("objects", ObjectStore, clobber=True)
+PLACE = "objects://bucket/run/"  # how the names of its objects begin
+
+
+@pytest.fixture
+def url(monkeypatch):
+    ObjectStore.store.clear()
+    ObjectStore.failing = 0
+    monkeypatch.setattr(stores, "WAITS", (0.0,) * 5)
+    return "objects://bucket/run"
+
+
+def names():
+    return sorted(name.removeprefix(PLACE) for name in ObjectStore.store)
+
+
+def test_lines_go_up_as_numbered_parts_and_come_back_in_order(url, tmp_path):
+    mirror = stores.Mirror(url, tmp_path / "one")
+    mirror.pull()
+    lines = tmp_path / "one" / "collect" / "traces.jsonl"
+    for number in range(3):
+        append_jsonl(lines, [{"number": number, "kind": kind} for kind in "ab"])
+        mirror.push(lines)
+    parts = [name for name in names() if "traces.jsonl." in name]
+    assert [part.rsplit("-", 1)[0] for part in parts] == [f"collect/traces.jsonl.0000{n}" for n in range(3)]
+    assert all(len(ObjectStore.store[PLACE + part].getvalue().splitlines()) == 2 for part in parts)
+    other = stores.Mirror(url, tmp_path / "two")
+    other.pull()
+    assert (tmp_path / "two" / "collect" / "traces.jsonl").read_bytes() == lines.read_bytes()
+    # The machine that took over goes on with the next part.
+    append_jsonl(tmp_path / "two" / "collect" / "traces.jsonl", [{"number": 3}])
+    other.push(tmp_path / "two")
+    mirror.pull()
+    assert [line["number"] for line in read_jsonl_repaired(lines)[0]] == [0, 0, 1, 1, 2, 2, 3]
+    assert len([name for name in names() if "traces.jsonl." in name]) == 4
+
+
+def test_a_rewritten_file_replaces_its_parts(url, tmp_path):
+    mirror = stores.Mirror(url, tmp_path)
+    lines = tmp_path / "metrics.jsonl"
+    append_jsonl(lines, [{"step": 1}])
+    mirror.push(tmp_path)
+    append_jsonl(lines, [{"step": 2}])
+    mirror.push(tmp_path)
+    lines.write_text('{"step": 1}\n{"step": 5}\n')  # what a resumed run does with rows after its checkpoint
+    mirror.push(tmp_path)
+    assert len(names()) == 2, names()  # one part and the manifest
+    lines.unlink()
+    mirror.pull()
+    assert lines.read_text() == '{"step": 1}\n{"step": 5}\n'
+
+
+def test_what_was_not_uploaded_is_gone_after_a_crash_and_what_was_is_whole(url, tmp_path):
+    mirror = stores.Mirror(url, tmp_path)
+    (tmp_path / "done.json").write_text("{}")
+    mirror.push(tmp_path)
+    (tmp_path / "done.json").write_text("[]")
+    (tmp_path / "later.json").write_text("{}")
+    (tmp_path / ".lock").write_text("")
+    stores.Mirror(url, tmp_path).pull()
+    assert (tmp_path / "done.json").read_text() == "{}"
+    assert not (tmp_path / "later.json").exists() and (tmp_path / ".lock").exists()
+
+
+def test_parts_that_no_manifest_names_do_not_count(url, tmp_path, monkeypatch):
+    mirror = stores.Mirror(url, tmp_path / "one")
+    lines = tmp_path / "one" / "a.jsonl"
+    append_jsonl(lines, [{"n": 0}])
+    mirror.push(lines)
+    append_jsonl(lines, [{"n": 1}])
+    write = mirror._write
+
+    def crash_at_the_manifest(name, data):
+        if name == stores.MANIFEST:
+            raise KeyboardInterrupt
+        write(name, data)
+
+    monkeypatch.setattr(mirror, "_write", crash_at_the_manifest)
+    with pytest.raises(KeyboardInterrupt):
+        mirror.push(lines)
+    other = stores.Mirror(url, tmp_path / "two")
+    other.pull()
+    assert (tmp_path / "two" / "a.jsonl").read_text() == '{"n": 0}\n'
+
+
+def test_three_failing_calls_are_repeated(url, tmp_path, capsys):
+    mirror = stores.Mirror(url, tmp_path)
+    (tmp_path / "a.json").write_text("{}")
+    ObjectStore.failing = 3
+    mirror.push(tmp_path)
+    assert capsys.readouterr().err.count("the store is not there") == 3
+    assert len(names()) == 2
+
+
+def test_a_store_that_stays_away_is_one_line(url, tmp_path):
+    mirror = stores.Mirror(url, tmp_path)
+    (tmp_path / "a.json").write_text("{}")
+    ObjectStore.failing = 100
+    with pytest.raises(Fault, match=r"objects://bucket/run: cannot write a.json.* after 6 calls .*the same command goes on"):
+        mirror.push(tmp_path)
+    ObjectStore.failing = 0
+    mirror.push(tmp_path)
+    assert len(names()) == 2
+
+
+def test_a_changed_byte_on_the_store_is_noticed(url, tmp_path):
+    mirror = stores.Mirror(url, tmp_path)
+    (tmp_path / "a.json").write_text("[1]")
+    mirror.push(tmp_path)
+    part = next(name for name in ObjectStore.store if "a.json" in name)
+    MemoryFileSystem.pipe_file(mirror._store, part, b"[2]")
+    (tmp_path / "a.json").unlink()
+    with pytest.raises(Fault, match="a.json: what the store holds is not what was written"):
+        mirror.pull()
+
+
+def test_an_emptied_store_does_not_delete_the_mirror(url, tmp_path):
+    mirror = stores.Mirror(url, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "a.json").write_text("[1]")
+    mirror.push(tmp_path / "run")
+    ObjectStore.store.clear()
+    stores.Mirror(url, tmp_path / "run").pull()
+    assert (tmp_path / "run.aside" / "a.json").read_text() == "[1]" and not (tmp_path / "run").exists()
+
+
+def test_local_places_are_left_alone(tmp_path):
+    assert stores.local("runs/demo") == pathlib.Path("runs/demo")
+    assert stores.remote(tmp_path / "a") == tmp_path / "a"
+    stores.push(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["ftp://host/run", "gs://", "gs:///"])
+def test_unknown_stores_are_refused(place):
+    with pytest.raises(UserError, match=r"wanted gs://\.\.\. or s3://\.\.\."):
+        stores.local(place)
+
+
+# ---------------------------------------------------------------------------------------- a whole run
+
+
+def run(store, directory, bucket):
+    """The smoke run on the store, from this machine's own folder of mirrors."""
+    command = [sys.executable, str(ROOT / "run.py"), str(ROOT / "configs/smoke.py"), "srt.checkpoint.every=2"]
+    command += [f"run_dir=gs://{bucket}/runs/one", f"base.cache_dir=gs://{bucket}/cache"]
+    environment = os.environ | store.environment | {"JAX_PLATFORMS": "cpu"}
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(directory.parent / "programs")
+    directory.mkdir(exist_ok=True)
+    with open(directory / "log", "a") as log:
+        return subprocess.Popen(command, cwd=directory, stdout=log, stderr=log, env=environment)
+
+
+def of_the_run(store, bucket):
+    """What the store holds of a run: lines, checkpointed bytes' fingerprints, figures."""
+    objects = {name: store.objects[bucket, name][0] for name in store.names(bucket)}
+    files = {}
+    for root in ("runs/one", "cache"):
+        for name, record in json.loads(objects[f"{root}/{stores.MANIFEST}"]).items():
+            files[f"{root}/{name}"] = b"".join(objects[f"{root}/{part}"] for part in record["parts"])
+    lines = {name: data for name, data in files.items() if name.endswith(".jsonl")}
+    prints = {
+        name: json.loads(data)["fingerprint"]
+        for name, data in objects.items()
+        if name.endswith("/params/0/record/metadata")
+    }
+    summary = json.loads(files["runs/one/summary.json"])
+    del summary["seconds"]
+    return lines, prints, summary, files
+
+
+@pytest.mark.slow
+def test_a_whole_run_on_an_object_store(tmp_path):
+    """Killed on one machine and finished on another, with calls that fail: equal to one that was left alone."""
+    pytest.importorskip("gcsfs")
+    store = FakeStore()
+    assert run(store, tmp_path / "quiet", "quiet-bucket").wait() == 0, (tmp_path / "quiet" / "log").read_text()[-3000:]
+    lines, prints, summary, files = of_the_run(store, "quiet-bucket")
+    assert len(prints) >= 3 and "runs/one/report/report.html" in files and "runs/one/collect/traces.jsonl" in lines
+    parts = [name for name in store.names("quiet-bucket") if "collect/traces.jsonl." in name]
+    assert len(parts) > 1, "the traces came in one piece"
+    assert not any("cop" in path or "rewrite" in path for _, path in store.calls)
+
+    process = run(store, tmp_path / "first", "other-bucket")
+    while "== srt" not in (tmp_path / "first" / "log").read_text() and process.poll() is None:
+        time.sleep(0.05)
+    while not any("srt/checkpoints/2/" in name for name in store.names("other-bucket")) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    store.failing = 3
+    assert run(store, tmp_path / "second", "other-bucket").wait() == 0, (tmp_path / "second" / "log").read_text()[-3000:]
+    assert store.failing == 0
+    second = (tmp_path / "second" / "log").read_text()
+    assert "== collect" not in second, "collection was finished before the kill"
+    assert of_the_run(store, "other-bucket")[:3] == (lines, prints, summary)
