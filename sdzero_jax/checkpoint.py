@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from sdzero_jax import hosts, stores
-from sdzero_jax.errors import UserError
+from sdzero_jax.errors import Fault, UserError
 from sdzero_jax.progress import say
 
 
@@ -28,6 +28,10 @@ class CheckpointConfig:
     every: Annotated[int, "steps between saves"] = 50
     keep_latest: Annotated[int, "newest checkpoints kept"] = 2
     keep_best: Annotated[int, "best checkpoints kept, by validation accuracy"] = 1
+
+
+class _Changed(Exception):
+    """A checkpoint that can be read, but not with the bytes that were written."""
 
 
 class Checkpointer:
@@ -83,11 +87,17 @@ class Checkpointer:
                 )
                 record = restored["record"]
                 if fingerprint(restored["state"]) != record["fingerprint"]:
-                    raise ValueError("its arrays are not those that were saved")
+                    raise _Changed("its arrays are not those that were saved")
                 return step, restored["state"], record["iterator"], record["metadata"]
             except Exception as error:  # any unreadable checkpoint: go back to the one before
-                reason = str(error).strip().splitlines()
-                self._set_aside(step, reason[0][:200] if reason else type(error).__name__)
+                lines = str(error).strip().splitlines()
+                reason = lines[0][:200] if lines else type(error).__name__
+                if stores.is_url(self._directory) and not isinstance(error, _Changed):
+                    raise Fault(  # it may be the store: a checkpoint there could only be removed, not renamed
+                        f"checkpoint {self._directory / str(step)} cannot be read ({reason}); try again, or remove it "
+                        "to go on from the one before"
+                    ) from error
+                self._set_aside(step, reason)
         return None
 
     def latest_step(self) -> int | None:

@@ -167,7 +167,7 @@ def test_the_order_is_compared_with_the_paper(report):
     summary["methods"] = {name: summary["methods"][name] for name in ("grpo", "base", "hybrid")}
     assert comparison.order_sentence(summary).endswith("agrees with that of Qwen3 on 1 of 1 pairs.")
     del summary["methods"]["base"]
-    assert comparison.order_sentence(summary) == "Fewer than two of its methods were measured here."
+    assert "paper" not in [table.name for table in comparison.build_tables(summary)], "one method has no order"
 
 
 def test_stopped_methods_say_why(report):

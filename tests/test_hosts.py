@@ -6,6 +6,7 @@ The processes talk through gloo, as they would through a network.
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -101,14 +102,15 @@ def outcome(directory):
     }
     config = override(load_config(str(ROOT / "configs/smoke.py")), SMALL)
     run = Run(override(config, [f"run_dir={directory / 'run'}", f"base.cache_dir={directory / 'cache'}"]))
-    shapes = run.model.param_shapes()
     folders = [run.folder("base"), run.folder("srt"), *sorted(run.folder("distill").glob("round_*"))]
-    params = [load_params(folder / "params", shapes)[0] for folder in folders]
+    params = [load_params(folder / "params", run.abstract_params())[0] for folder in folders]
     return lines, params
 
 
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(two, tmp_path):
+    # The same base: over its steps Adam makes rounding differences of 1e-8 into some of 2e-5.
+    shutil.copytree(two / "cache", tmp_path / "cache")
     lines, params = outcome(two)
     wanted_lines, wanted_params = outcome(finish(tmp_path, 1))
     assert lines.keys() == wanted_lines.keys() and "run/collect/traces.jsonl" in lines
@@ -127,7 +129,8 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(two, tmp_path):
         time.sleep(0.1)
     second.send_signal(signal.SIGTERM)
     assert [first.wait(), second.wait()] == [143, 143], (tmp_path / "log0").read_text()[-3000:]
-    assert not (tmp_path / "run" / "srt" / "done.json").exists(), "the signal came too late to mean anything"
+    last = [(tmp_path / f"log{index}").read_text().splitlines()[-1] for index in range(2)]
+    assert last[0] == last[1] and "saved at step" in last[0], last
     lines, params = outcome(finish(tmp_path, 2))
     wanted_lines, wanted_params = outcome(two)
     assert lines == wanted_lines

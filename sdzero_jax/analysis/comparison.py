@@ -108,8 +108,9 @@ def _check(value: Any, wanted: Mapping[str, Any], where: str) -> None:
 
 
 def build_tables(summary: Summary) -> list[Table]:
-    """All tables, in the order of the page."""
-    return [build(summary) for build in (results_table, revision_table, paper_table, seeds_table, ledger_table)]
+    """All tables, in the order of the page; the paper's only where two of its methods can be put in order."""
+    paper = (paper_table,) if len(_paper_methods(summary)) > 1 else ()
+    return [build(summary) for build in (results_table, revision_table, *paper, seeds_table, ledger_table)]
 
 
 def results_table(summary: Summary) -> Table:
@@ -166,8 +167,6 @@ def order_sentence(summary: Summary) -> str:
     """On how many pairs of methods our order of avg@k is the paper's order on Qwen3, and where it is not."""
     ours = _paper_methods(summary)
     pairs = list(itertools.combinations(sorted(ours, key=lambda name: -PAPER[name][1]), 2))  # the paper's better first
-    if not pairs:
-        return "Fewer than two of its methods were measured here."
     gaps = [(better, worse, round(ours[worse] - ours[better], 9)) for better, worse in pairs]  # equal but for rounding
     differing = [
         f"{PAPER[worse][0]} {'above' if gap > 0 else 'level with'} {PAPER[better][0]}"
