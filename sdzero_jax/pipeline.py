@@ -173,7 +173,8 @@ def _evaluated(run: Run, stage: str, base_records):
     config = run.config.evaluate
     key = settings.digest(run.key(stage), config, run.config.sampler, run.config.phrases)
     folder = (run.shared or run.directory) / f"evaluate-{key}"
-    whole = hosts.from_first(lambda: (folder / "metrics.json").exists())  # then every response is there, and no model is needed
+    # With its metrics every response is there too, and no model is needed.
+    whole = hosts.from_first(lambda: (folder / "metrics.json").exists())
     records, metrics = evaluate(
         folder / "responses.jsonl", config, run.domain, run.sampler(), None if whole else run.params(stage)[0],
         run.problems.questions(config.split, config.questions), base_records, name=stage, seed=run.config.seed,

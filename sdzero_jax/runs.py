@@ -251,7 +251,7 @@ def open_run(config: Config, stage: str | None = None, fork: bool = False) -> Ru
                 "directory from the stages that do not change, or set run_dir="
             )
         if changed and stores.is_url(config.run_dir):
-            raise UserError(f"--fork copies on one file system; run_dir={config.run_dir} has none: set another run_dir=")
+            raise UserError(f"--fork copies local folders, and run_dir={config.run_dir} is none; set another run_dir=")
         if changed:
             return Run(_fork(config, directory))
     return run

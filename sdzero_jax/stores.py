@@ -6,6 +6,7 @@ makes the mirror what the manifest says, on whichever machine goes on. Checkpoin
 Orbax writes them to the place that `remote` gives. A store has no lock: one run at a time is the user's to keep.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -175,10 +176,8 @@ class Mirror:
         self._patiently(f"write {name}", lambda: self._store.pipe_file(f"{self._root}/{name}", data))
 
     def _remove(self, name: str) -> None:
-        try:
+        with contextlib.suppress(FileNotFoundError):
             self._patiently(f"remove {name}", lambda: self._store.rm_file(f"{self._root}/{name}"))
-        except FileNotFoundError:
-            pass
 
     def _patiently(self, what: str, call: Callable[[], T]) -> T:
         """Repeats a call that fails, with growing waits."""

@@ -76,7 +76,8 @@ class FakeStore:
             return 200, {}, {"Location": place}
         if query["uploadType"] == "multipart":
             boundary = re.search(r'boundary="?([^";]+)"?', headers["Content-Type"])[1].encode()
-            about, payload = (re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in data.split(b"--" + boundary)[1:3])
+            parts = data.split(b"--" + boundary)[1:3]
+            about, payload = (re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in parts)
             return self._put(bucket, json.loads(about)["name"], re.sub(rb"\r?\n\Z", b"", payload), query)
         return self._put(bucket, query["name"], data, query)
 
@@ -164,6 +165,6 @@ def _handler(store):
             self.rfile.readline()
             return data
 
-        do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = respond  # noqa: N815 (names that http.server asks for)
+        do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = respond
 
     return Handler

@@ -124,6 +124,7 @@ def test_two_processes_compute_what_one_does(two, tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(two, tmp_path):
+    shutil.copytree(two / "cache", tmp_path / "cache")  # base and compiled programs: neither is what this is about
     first, second = start(tmp_path, 2)
     while "srt joint" not in (tmp_path / "log0").read_text() and first.poll() is None:
         time.sleep(0.1)
