@@ -49,7 +49,7 @@ class Run:
     def __init__(self, config: Config, shared: pathlib.Path | None = None):
         """With `shared`, stages lie there under their hashes, so that runs share those that are equal."""
         self.config, self.shared = config, shared
-        self.directory = stores.local(config.run_dir)
+        self.directory, self._cache = stores.local(config.run_dir), stores.local(config.base.cache_dir)
         self._locks = contextlib.ExitStack()
 
     def __enter__(self) -> "Run":
@@ -183,7 +183,7 @@ class Run:
     def folder(self, stage: str) -> pathlib.Path:
         """Where a stage writes; base models are shared between runs through the cache."""
         if stage == "base":
-            return stores.local(self.config.base.cache_dir) / f"base-{self.key('base')}"
+            return self._cache / f"base-{self.key('base')}"
         if self.shared:
             return self.shared / f"{stage}-{self.key(stage)}"
         return self.directory / stage

@@ -38,7 +38,7 @@ def is_url(place: str | os.PathLike) -> bool:
 def local(place: str | os.PathLike) -> pathlib.Path:
     """The folder to work in: the place itself, or the mirror of an object store's, filled with what is there.
 
-    UserError when the kind of store is unknown or its package is missing, or when it cannot be reached at all.
+    UserError when the kind of store is unknown or its package is missing, Fault when it does not answer.
     """
     if not is_url(place):
         return pathlib.Path(place)

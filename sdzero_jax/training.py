@@ -22,7 +22,7 @@ from sdzero_jax.config import DistillConfig, OptimizerConfig, SrtConfig, TrainCo
 from sdzero_jax.data import shuffled_batches
 from sdzero_jax.errors import HealthStop, UserError
 from sdzero_jax.examples import RevisionTrace, Rollout
-from sdzero_jax.health import judge_keep_rate, length_collapse
+from sdzero_jax.health import judge_keep_rate, judge_reward, length_collapse
 from sdzero_jax.methods import Method, find_method, loss_terms, right_sequences
 from sdzero_jax.metrics import FILE_NAME as METRICS
 from sdzero_jax.metrics import read_metrics
@@ -260,7 +260,11 @@ def collected_attempts(run: Run) -> list[Rollout]:
 def on_policy_hooks(run: Run, stage: str, folder, config, method: Method, number: int, step_fn: TrainStep) -> Hooks:
     """Accuracy on validation questions, gated teacher synchronisation, and the length gate."""
     questions = run.problems.questions("validation", config.validation_questions)
-    accuracies = _since_synchronisation(history(folder))
+
+    @functools.cache
+    def rows() -> list[dict[str, Any]]:
+        """What was logged, step by step; read within the loop, which first drops what follows its checkpoint."""
+        return history(folder)
 
     def validate(params, step):
         rollouts = sample_responses(
@@ -270,18 +274,19 @@ def on_policy_hooks(run: Run, stage: str, folder, config, method: Method, number
         return {"accuracy": _mean([r.verdict.reward for r in rollouts if r.verdict.reward is not None])}
 
     def after_step(step, state, figures):
-        validated = "validation_accuracy" in figures
-        accuracies.extend([figures["validation_accuracy"]] if validated else [])
-        if not sync_due(config.teacher, step, accuracies if validated else ()):
+        rows().append(dict(figures))
+        accuracies = _since_synchronisation(rows()) if "validation_accuracy" in figures else ()
+        if not sync_due(config.teacher, step, accuracies):
             return state, {}
         keep_rate = measure_keep_rate(run, step_fn.parameters(state.params), f"{stage}/{number}/sync/{step}")
-        verdict, line = judge_keep_rate(run.config.health, keep_rate)
-        if verdict != "ok":
-            say(f"{stage}: synchronisation at step {step}: {line}")
-        if verdict == "stop":
-            return state, {"keep_rate": keep_rate, "synchronised": 0.0}
-        accuracies.clear()
-        return synchronise(state), {"keep_rate": keep_rate, "synchronised": 1.0}
+        verdicts = judge_keep_rate(run.config.health, keep_rate), judge_reward(run.config.health, _stretches(rows()))
+        for verdict, line in verdicts:
+            if verdict != "ok":
+                say(f"{stage}: synchronisation at step {step}: {line}")
+        refused = any(verdict == "stop" for verdict, _ in verdicts)
+        extra = {"keep_rate": keep_rate, "synchronised": 0.0 if refused else 1.0}
+        rows()[-1] |= extra
+        return (state if refused else synchronise(state)), extra
 
     taught = method.uses("self_distillation")
     return Hooks(
@@ -299,6 +304,16 @@ def _since_synchronisation(rows: Sequence[Mapping[str, float]]) -> list[float]:
         accuracies += [row["validation_accuracy"]] if "validation_accuracy" in row else []
         accuracies = [] if row.get("synchronised") == 1.0 else accuracies
     return accuracies
+
+
+def _stretches(rows: Sequence[Mapping[str, float]]) -> list[float]:
+    """Mean reward in each stretch of steps that ended when a synchronisation was due, and since then."""
+    stretches: list[list[float]] = [[]]
+    for row in rows:
+        stretches[-1] += [row["reward"]] if "reward" in row else []
+        if "synchronised" in row:
+            stretches.append([])
+    return [_mean(rewards) for rewards in stretches if rewards]
 
 
 def measure_keep_rate(run: Run, params, label: str) -> float:

@@ -65,6 +65,8 @@ def elsewhere(tmp_path, monkeypatch):
         ("distill configs/demo.py distill.objective.divergence=mixed_kl(2)", "wanted a number in [0, 1]"),
         ("distill configs/demo.py distill.teacher.ema_decay=2", "did you mean 'distill.teacher.ema_rate'?"),
         ("distill configs/demo.py health.keep_rate_stop=2", "up to 1.0"),
+        ("base configs/demo.py run_dir=ftp://host/run", "wanted gs://... or s3://..."),
+        ("base configs/demo.py base.cache_dir=gs://", "wanted gs://... or s3://..."),
         ("distill configs/demo.py model.remat=some", "did you mean 'none'?"),
         ("train configs/demo.py train.method=sdzeroo", "did you mean 'sdzero'?"),
         ("train configs/demo.py train.start=nowhere", "'base', 'srt' or 'distill'"),

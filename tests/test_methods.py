@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +26,13 @@ from test_method import (
     student_and_teacher,
 )
 
-from sdzero_jax import ledger, objectives, sharding, statistics
+from sdzero_jax import ledger, objectives, sharding, statistics, training
 from sdzero_jax.batches import distill_batch, reviser_context
 from sdzero_jax.errors import UserError
 from sdzero_jax.examples import Question, RevisionTrace, Verdict
+from sdzero_jax.health import HealthConfig
 from sdzero_jax.methods import METHODS, SRT_STAGES, SrtData, find_method, loss_terms, right_sequences, srt_sequences
+from sdzero_jax.metrics import MetricWriter
 from sdzero_jax.objectives import CrossEntropy, PolicyGradient, SelfDistillation, Term
 from sdzero_jax.optimizer import OptimizerConfig, make_optimizer
 from sdzero_jax.rollouts import Domain, rollouts_from_json, rollouts_to_json
@@ -475,6 +478,42 @@ def test_a_plateau_synchronises_after_as_many_validations_without_a_best():
     assert sync_due(config, 10, [0.5, 0.6, 0.55, 0.6])
     assert not sync_due(config, 10, [0.5, 0.6, 0.55, 0.61])
     assert [step for step in range(1, 9) if sync_due(TeacherConfig("sync_every", sync_steps=4), step)] == [4, 8]
+
+
+def drive_hooks(folder, monkeypatch, teacher, **health):
+    """after_step of a run whose keep rate is fine, as (step, figures) -> what it logs."""
+    monkeypatch.setattr(training, "measure_keep_rate", lambda *_: 1.0)
+    monkeypatch.setattr(training, "synchronise", lambda state: state)
+    run = SimpleNamespace(
+        problems=SimpleNamespace(questions=lambda *_: []), config=SimpleNamespace(health=HealthConfig(**health))
+    )
+    step_fn = SimpleNamespace(parameters=lambda params: params)
+    config = SimpleNamespace(teacher=teacher, validation_questions=0, validate_every=1)
+    hooks = training.on_policy_hooks(run, "train", folder, config, find_method("sdzero"), 1, step_fn)
+    return lambda step, figures: hooks.after_step(step, SimpleNamespace(params=None), figures)[1]
+
+
+def test_a_resumed_plateau_counts_only_what_the_checkpoint_knows(tmp_path, monkeypatch):
+    teacher = TeacherConfig(schedule="sync_on_plateau", patience=2)
+    accuracies = [0.5, 0.6, 0.55, 0.6, 0.65, 0.7, 0.68, 0.7]
+    whole = drive_hooks(tmp_path / "none", monkeypatch, teacher)
+    wanted = [whole(step, {"validation_accuracy": value}) for step, value in enumerate(accuracies, 1)]
+    assert [step for step, logged in enumerate(wanted, 1) if logged] == [4, 8]
+    # Killed after step 6, whose checkpoint is that of step 3: the loop drops rows 4 to 6 after the hooks are made.
+    with MetricWriter(tmp_path) as writer:
+        for step, (value, logged) in enumerate(zip(accuracies[:6], wanted), 1):
+            writer.write(step, {"validation_accuracy": value} | logged)
+    resumed = drive_hooks(tmp_path, monkeypatch, teacher)
+    MetricWriter(tmp_path, resume_step=3).close()
+    assert [resumed(step, {"validation_accuracy": accuracies[step - 1]}) for step in range(4, 9)] == wanted[3:]
+
+
+def test_a_student_whose_reward_fell_is_not_made_the_teacher(tmp_path, monkeypatch, capsys):
+    after_step = drive_hooks(tmp_path, monkeypatch, TeacherConfig("sync_every", sync_steps=2), reward_drop=0.1)
+    rewards = [0.4, 0.6, 0.7, 0.7, 0.5, 0.6, 0.7, 0.6]  # stretches of .5, .7, .55, .65
+    logged = [after_step(step, {"reward": reward}) for step, reward in enumerate(rewards, 1)]
+    assert [one.get("synchronised") for one in logged] == [None, 1.0, None, 1.0, None, 0.0, None, 1.0]
+    assert "reward 0.550 since the last one, 0.150 below the best before" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- ledger
