@@ -21,7 +21,7 @@ def get_comparison() -> Comparison:
         train=replace(config.train, validate_every=0),
         distill=replace(config.distill, rounds=1, validate_every=0),
         # Collapse is a result here, not a reason to stop.
-        health=replace(config.health, keep_rate_stop=0.0, reward_drop=0.0, min_mean_tokens=0.0),
+        health=replace(config.health, keep_rate_stop=0.0, min_mean_tokens=0.0),
     )
     return Comparison("compare_paper", config, ENTRIES, seeds=(10, 11, 12, 13, 14), budget=BUDGET, reference="grpo")
 

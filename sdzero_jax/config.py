@@ -216,7 +216,6 @@ def _ranges(config: Config) -> Iterator[tuple[str, float, float, float]]:
     health = config.health
     yield "health.keep_rate_warn", 0.0, 1.0, health.keep_rate_warn
     yield "health.keep_rate_stop", 0.0, 1.0, health.keep_rate_stop
-    yield "health.reward_drop", 0.0, 1.0, health.reward_drop
     yield "health.min_mean_tokens", 0.0, inf, health.min_mean_tokens
 
 

@@ -1,7 +1,7 @@
 """Health gates: when a run warns and when it stops, as pure functions of its figures."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 
@@ -12,7 +12,6 @@ class HealthConfig:
     keep_rate_warn: Annotated[float, "warn when the reviser keeps fewer of the right answers than this"] = 0.8
     keep_rate_stop: Annotated[float, "stop before distillation or a synchronisation below this"] = 0.6
     min_mean_tokens: Annotated[float, "stop when a batch of responses is shorter than this: collapse"] = 0.0
-    reward_drop: Annotated[float, "no synchronisation while the reward lies this far below its best"] = 0.1
     questions: Annotated[int, "validation questions that the keep rate is measured on"] = 128
 
 
@@ -23,21 +22,6 @@ def judge_keep_rate(config: HealthConfig, keep_rate: float) -> tuple[Literal["ok
     if keep_rate < config.keep_rate_warn:
         return "warn", f"keep rate {keep_rate:.3f} is below {config.keep_rate_warn} (health.keep_rate_warn)"
     return "ok", f"keep rate {keep_rate:.3f}"
-
-
-def judge_reward(config: HealthConfig, stretches: Sequence[float]) -> tuple[Literal["ok", "stop"], str]:
-    """The gate's verdict on a student that is to become the teacher.
-
-    stretches: mean reward of the student's samples in each stretch between two moments at which a synchronisation
-      was due, the newest last. A student that has become worse would teach what made it so.
-    """
-    drop = max(stretches) - stretches[-1] if stretches else 0.0
-    if config.reward_drop and drop > config.reward_drop:
-        return "stop", (
-            f"reward {stretches[-1]:.3f} since the last one, {drop:.3f} below the best before; "
-            f"up to {config.reward_drop} passes (health.reward_drop)"
-        )
-    return "ok", ""
 
 
 def length_collapse(config: HealthConfig, figures: Mapping[str, float]) -> str | None:

@@ -22,7 +22,7 @@ from sdzero_jax.config import DistillConfig, OptimizerConfig, SrtConfig, TrainCo
 from sdzero_jax.data import shuffled_batches
 from sdzero_jax.errors import HealthStop, UserError
 from sdzero_jax.examples import RevisionTrace, Rollout
-from sdzero_jax.health import judge_keep_rate, judge_reward, length_collapse
+from sdzero_jax.health import judge_keep_rate, length_collapse
 from sdzero_jax.methods import Method, find_method, loss_terms, right_sequences
 from sdzero_jax.metrics import FILE_NAME as METRICS
 from sdzero_jax.metrics import read_metrics
@@ -279,14 +279,12 @@ def on_policy_hooks(run: Run, stage: str, folder, config, method: Method, number
         if not sync_due(config.teacher, step, accuracies):
             return state, {}
         keep_rate = measure_keep_rate(run, step_fn.parameters(state.params), f"{stage}/{number}/sync/{step}")
-        verdicts = judge_keep_rate(run.config.health, keep_rate), judge_reward(run.config.health, _stretches(rows()))
-        for verdict, line in verdicts:
-            if verdict != "ok":
-                say(f"{stage}: synchronisation at step {step}: {line}")
-        refused = any(verdict == "stop" for verdict, _ in verdicts)
-        extra = {"keep_rate": keep_rate, "synchronised": 0.0 if refused else 1.0}
+        verdict, line = judge_keep_rate(run.config.health, keep_rate)
+        if verdict != "ok":
+            say(f"{stage}: synchronisation at step {step}: {line}")
+        extra = {"keep_rate": keep_rate, "synchronised": 0.0 if verdict == "stop" else 1.0}
         rows()[-1] |= extra
-        return (state if refused else synchronise(state)), extra
+        return (state if verdict == "stop" else synchronise(state)), extra
 
     taught = method.uses("self_distillation")
     return Hooks(
@@ -304,16 +302,6 @@ def _since_synchronisation(rows: Sequence[Mapping[str, float]]) -> list[float]:
         accuracies += [row["validation_accuracy"]] if "validation_accuracy" in row else []
         accuracies = [] if row.get("synchronised") == 1.0 else accuracies
     return accuracies
-
-
-def _stretches(rows: Sequence[Mapping[str, float]]) -> list[float]:
-    """Mean reward in each stretch of steps that ended when a synchronisation was due, and since then."""
-    stretches: list[list[float]] = [[]]
-    for row in rows:
-        stretches[-1] += [row["reward"]] if "reward" in row else []
-        if "synchronised" in row:
-            stretches.append([])
-    return [_mean(rewards) for rewards in stretches if rewards]
 
 
 def measure_keep_rate(run: Run, params, label: str) -> float:
