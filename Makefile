@@ -32,7 +32,7 @@ test-all: $(VENV)/.oracle tpu-compiler
 tpu-compiler: $(VENV)/libtpu/.done
 
 lint: $(VENV)/.dev
-	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check -q .
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

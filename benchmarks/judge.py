@@ -167,9 +167,7 @@ def model_outputs(folder: Path) -> Iterator[Item]:
     for number, row in enumerate(rows(folder, "outputs/humaneval_model_outputs.jsonl.gz")):
         if row["task_id"] in questions:
             program = Program("python", row["completion"])
-            wanted = (
-                "accepted" if row["passed"] else "time_limit" if row["status"] == "timeout" else "rejected"
-            )
+            wanted = "accepted" if row["passed"] else "time_limit" if row["status"] == "timeout" else "rejected"
             yield f"{row['task_id']}#{number}", program, questions[row["task_id"]], wanted
 
 
@@ -238,9 +236,7 @@ def main() -> None:
     if not os.environ.get("SDZERO_DATA"):
         sys.exit("set SDZERO_DATA to the folder of the test data")
     folder = Path(os.environ["SDZERO_DATA"])
-    print(
-        f"{'set':20} {'programs':>8} {'same':>6} {'time':>5} {'other':>5} {'skipped':>7} {'per second':>10}"
-    )
+    print(f"{'set':20} {'programs':>8} {'same':>6} {'time':>5} {'other':>5} {'skipped':>7} {'per second':>10}")
     for name in sys.argv[1:] or SETS:
         done = sweep(folder, name, Limits(first_failure_stop=False))
         print(

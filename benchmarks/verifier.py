@@ -19,9 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rows", type=int, default=None, help="only the first N rows")
     parser.add_argument("--boxed", action="store_true", help="only responses with a box: others cost the pool nothing")
@@ -33,9 +31,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    with gzip.open(
-        Path(folder) / "outputs" / "math_model_outputs.jsonl.gz", "rt", encoding="utf-8"
-    ) as handle:
+    with gzip.open(Path(folder) / "outputs" / "math_model_outputs.jsonl.gz", "rt", encoding="utf-8") as handle:
         rows = [json.loads(line) for line in handle]
     rows = [row for row in rows if row["has_boxed"] or not arguments.boxed][: arguments.rows]
     golds, responses = [row["gold"] or "" for row in rows], [row["response"] for row in rows]

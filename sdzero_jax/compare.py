@@ -295,4 +295,3 @@ def table(summary: Mapping[str, Any]) -> str:
         mark = "1" if method["at_budget"] else f"x {method['budget_share']:.2f}"
         lines.append(f"{method['label']:<28}{text}{shown:>24}{mark:>9}")
     return "\n".join(lines)
-

@@ -102,16 +102,12 @@ def srt(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     stages = SRT_STAGES[config.data.mode]
     counts, spent = {}, ledger.Ledger()
     for number, stage in enumerate(stages):
-        training, held_out, counts[stage.name] = srt_sequences(
-            traces, stage, config.data, run.domain.tokenizer.end_id
-        )
+        training, held_out, counts[stage.name] = srt_sequences(traces, stage, config.data, run.domain.tokenizer.end_id)
         steps = max(config.epochs * len(training) // config.batch_size, 1)
         source = SequenceSource(training, config.batch_size, config.data.max_length, run.config.seed + number)
         hooks = held_out_hooks(run, held_out, config)
         where = folder if len(stages) == 1 else folder / f"round_{number + 1}"
-        params = train_cross_entropy(
-            run, f"srt {stage.name}", where, params, source, steps, config, hooks, config.lora
-        )
+        params = train_cross_entropy(run, f"srt {stage.name}", where, params, source, steps, config, hooks, config.lora)
         spent += ledger.of_training(history(where))
     save_params(folder / "params", params, run.provenance)
     return {"counts": counts, "ledger": dataclasses.asdict(spent)}

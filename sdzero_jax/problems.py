@@ -41,9 +41,9 @@ class ProblemsConfig:
     test: Annotated[str, "as train: what is evaluated"] = ""
     data_dir: Annotated[str, "folder of the prepared sets"] = "data"
     fields: Annotated[FieldMapping, "fields of files; prepared sets have their own"] = FieldMapping()
-    overlap: Annotated[
-        Literal["refuse", "drop", "allow"], "training questions that validation or test hold too"
-    ] = "refuse"
+    overlap: Annotated[Literal["refuse", "drop", "allow"], "training questions that validation or test hold too"] = (
+        "refuse"
+    )
     tokenizer: Annotated[str, "Hugging Face folder or hub id of a tokenizer; empty: that of base.pretrained"] = ""
     system: Annotated[str, "system message before every question; empty: what the template has"] = ""
     thinking: Annotated[bool, "ask hybrid templates for their thinking mode"] = False

@@ -312,4 +312,3 @@ def demonstration_context(text_of: Callable[[Any], str | None], domain: Domain) 
         return (*rollout.prompt_ids, *domain.tokenizer.encode(text), *domain.phrase_ids(1.0))
 
     return context
-

@@ -157,9 +157,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str:
     if isinstance(template, list):  # several by name; "default" is the plain chat
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if not isinstance(template, str):
-        raise UserError(
-            f"{folder}: no chat template; wanted chat_template.jinja or one in tokenizer_config.json"
-        )
+        raise UserError(f"{folder}: no chat template; wanted chat_template.jinja or one in tokenizer_config.json")
     return template
 
 
@@ -193,9 +191,7 @@ def _open(folder: Path, config: Mapping[str, Any], template: str) -> tuple[Any, 
         "unk_token",
     )  # templates may write them (Olmo-3: eos_token)
     tokens = {name: _content(config.get(name)) for name in names}
-    renderer = PreTrainedTokenizerFast(
-        tokenizer_object=Backend(models.BPE()), chat_template=template, **tokens
-    )
+    renderer = PreTrainedTokenizerFast(tokenizer_object=Backend(models.BPE()), chat_template=template, **tokens)
     return backend, renderer
 
 

@@ -115,9 +115,7 @@ def off_policy(run: Run, folder: pathlib.Path, config: TrainConfig, method: Meth
     steps = max(config.epochs * len(sequences) // config.batch_size, 1)
     source = SequenceSource(sequences, config.batch_size, config.max_length, run.config.seed)
     training = SrtConfig(objective=config.cross_entropy, optimizer=config.optimizer, checkpoint=config.checkpoint)
-    params = train_cross_entropy(
-        run, config.method, folder, params, source, steps, training, adapters=config.lora
-    )
+    params = train_cross_entropy(run, config.method, folder, params, source, steps, training, adapters=config.lora)
     save_params(folder / "params", params, run.provenance)
     spent += ledger.of_training(history(folder))
     return {"sequences": len(sequences), "ledger": dataclasses.asdict(spent)}

@@ -72,10 +72,7 @@ PROGRAMS = {
     ),
     "output_flood": (py("while True: print('x' * 100000)"), ONE, "output_limit"),
     "child_outlives": (
-        py(
-            ANSWER
-            + "import os, time\nif not os.fork():\n os.setsid(); os.close(1); os.close(2); time.sleep(60)"
-        ),
+        py(ANSWER + "import os, time\nif not os.fork():\n os.setsid(); os.close(1); os.close(2); time.sleep(60)"),
         ONE,
         "correct",
     ),
@@ -187,9 +184,7 @@ PROGRAMS = {
     "silent_sleeper": (py("import os, time\nos.closerange(0, 64)\ntime.sleep(60)"), ONE, "time_limit"),
     "stderr_flood": (py("import os\nwhile True: os.write(2, b'x' * 65536)"), ONE, "output_limit"),
     "endless_recursion": (
-        cpp(
-            "int f(int n){volatile char a[4096]; a[n%4096]=n; return f(n+1)+a[7];}\nint main(){return f(0);}"
-        ),
+        cpp("int f(int n){volatile char a[4096]; a[n%4096]=n; return f(n+1)+a[7];}\nint main(){return f(0);}"),
         ONE,
         "runtime_error",
     ),
@@ -202,9 +197,7 @@ PROGRAMS = {
         "runtime_error",
     ),
     "new_namespace": (
-        py(
-            "import ctypes\nc = ctypes.CDLL(None)\nprint('clean' if c.unshare(0x10000000) else 'made a namespace')"
-        ),
+        py("import ctypes\nc = ctypes.CDLL(None)\nprint('clean' if c.unshare(0x10000000) else 'made a namespace')"),
         CLEAN,
         "correct",
     ),

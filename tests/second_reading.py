@@ -24,7 +24,6 @@ def batches(task, steps=STEPS):
     return _cache[key]
 
 
-
 @dataclasses.dataclass
 class Row:
     prompt: str

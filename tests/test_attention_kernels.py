@@ -154,9 +154,7 @@ def _poison(x, real):
     return x
 
 
-_poison.defvjp(
-    lambda x, real: (x, real), lambda real, g: (jnp.where(real[:, :, None, None], g, jnp.nan), None)
-)
+_poison.defvjp(lambda x, real: (x, real), lambda real, g: (jnp.where(real[:, :, None, None], g, jnp.nan), None))
 
 
 @pytest.fixture
@@ -264,9 +262,7 @@ def test_a_kernel_by_name_that_cannot_do_the_job_says_why(monkeypatch, kernel, p
 def test_the_platform_is_that_of_the_mesh():
     assert ops._platform() == "cpu"
     device = jax.sharding.AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
-    mesh = jax.sharding.AbstractMesh(
-        (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=device
-    )
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         assert ops._platform() == "tpu"
 
@@ -287,6 +283,7 @@ def test_parameters_do_not_depend_on_the_kernels_device():
 
 def layouts_seen(monkeypatch, run):
     seen = []
+
     def record(*args, layout, implementation, **more):
         seen.append((layout, implementation, args[1].shape[1]))
         return ops.attention(*args, layout=layout, implementation="reference", **more)

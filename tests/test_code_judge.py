@@ -180,9 +180,7 @@ def test_forms_of_tests():
         assert parse_tests(raw).cases == cases
     calls = parse_tests({"inputs": ["[1, 2]\n3"], "outputs": ["4"], "fn_name": "f"})
     assert (calls.calls, calls.entry) == ((((([1, 2]), 3), 4),), "f")
-    with_limits = parse_tests(
-        {"tests": ADD_ONE, "time_limit": "2.5", "memory_limit": 64, "comparison": "lines"}
-    )
+    with_limits = parse_tests({"tests": ADD_ONE, "time_limit": "2.5", "memory_limit": 64, "comparison": "lines"})
     assert (with_limits.time_limit, with_limits.memory_limit, with_limits.comparison) == (2.5, 64.0, "lines")
     samples = [parse_tests(row["test"]) for row in rows("livecodebench_samples.jsonl")]
     assert [bool(tests.cases) for tests in samples] == [True, False, True]
@@ -255,9 +253,7 @@ def test_verdict_of_a_cpp_program(text, outcome, detail):
 def test_first_failure_stop_is_a_setting():
     tests = [{"input": "", "output": o, "name": o} for o in ("7", "8", "7")]
     stopped = judge_report(fenced("print(7)"), tests, limits=LIMITS)
-    whole = judge_report(
-        fenced("print(7)"), tests, limits=dataclasses.replace(LIMITS, first_failure_stop=False)
-    )
+    whole = judge_report(fenced("print(7)"), tests, limits=dataclasses.replace(LIMITS, first_failure_stop=False))
     assert [test.outcome for test in stopped.tests] == ["accepted", "wrong_answer"]
     assert [test.outcome for test in whole.tests] == ["accepted", "wrong_answer", "accepted"]
     assert stopped.verdict == whole.verdict
@@ -314,9 +310,7 @@ def test_checker_programs_say_what_is_recorded():
                 "tests": [{"input": case["input"], "output": case["reference_output"]}],
                 "generated_checker": row["generated_checker"],
             }
-            verdict = judge_code(
-                fenced(f"print({case['submission_output']!r}, end='')"), tests, limits=LIMITS
-            )
+            verdict = judge_code(fenced(f"print({case['submission_output']!r}, end='')"), tests, limits=LIMITS)
             assert verdict.outcome == ("correct" if case["checker_stdout"] == "1" else "wrong"), (
                 row["name"],
                 case,
@@ -327,9 +321,7 @@ def test_checker_programs_say_what_is_recorded():
 def test_a_broken_checker_is_an_error_and_one_that_stumbles_over_nonsense_rejects():
     tests = {"tests": [{"input": "", "output": "5"}], "checker": "import sys\nraise SystemExit(9)\n"}
     assert judge_code(fenced("print(5)"), tests).outcome == "error"
-    tests["checker"] = (
-        "import sys\nprint(int(int(open(sys.argv[3]).read()) == int(open(sys.argv[2]).read())))\n"
-    )
+    tests["checker"] = "import sys\nprint(int(int(open(sys.argv[3]).read()) == int(open(sys.argv[2]).read())))\n"
     assert judge_code(fenced("print(5)"), tests).outcome == "correct"
     assert judge_code(fenced("print('five')"), tests).outcome == "wrong"
 
@@ -441,9 +433,7 @@ def test_recorded_verdicts_of_the_small_sets():
 @needs_bwrap
 @needs_cpp
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not os.environ.get("SDZERO_DATA"), reason="SDZERO_DATA names no folder of larger test sets"
-)
+@pytest.mark.skipif(not os.environ.get("SDZERO_DATA"), reason="SDZERO_DATA names no folder of larger test sets")
 @pytest.mark.parametrize(
     "name",
     [
@@ -466,9 +456,7 @@ def test_whole_sets(name):
 
 
 def test_the_judge_loads_no_jax():
-    code_ = (
-        "import sys; import sdzero_jax.verifiers.code; print('jax' in sys.modules, 'numpy' in sys.modules)"
-    )
+    code_ = "import sys; import sdzero_jax.verifiers.code; print('jax' in sys.modules, 'numpy' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code_], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]
 

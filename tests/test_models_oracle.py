@@ -67,9 +67,16 @@ QWEN = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_
 OLMO = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2,
             intermediate_size=28, sliding_window=7, max_position_embeddings=64,
             rope_parameters={"full_attention": yarn(1e4), "sliding_attention": plain(1e4)})  # fmt: skip
-OLMO_LONG = {**OLMO, "num_hidden_layers": 8, "sliding_window": 16, "max_position_embeddings": 256,
-             "rope_parameters": {"full_attention": yarn(1e4, factor=8.0, original_max_position_embeddings=32),
-                                 "sliding_attention": plain(1e4)}}
+OLMO_LONG = {
+    **OLMO,
+    "num_hidden_layers": 8,
+    "sliding_window": 16,
+    "max_position_embeddings": 256,
+    "rope_parameters": {
+        "full_attention": yarn(1e4, factor=8.0, original_max_position_embeddings=32),
+        "sliding_attention": plain(1e4),
+    },
+}
 CASES = {
     "qwen3": ("qwen3", QWEN),
     "qwen3_tied_mqa": ("qwen3", {**QWEN, "tie_word_embeddings": True, "num_key_value_heads": 1}),

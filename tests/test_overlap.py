@@ -21,10 +21,7 @@ def test_splits_follow_ids_only():
     fewer = split_by_id(questions[1000:][::-1], {"collect": 0.5, "distill": 0.3, "validation": 0.2})
     for name, split in fewer.items():
         assert {q.id for q in split} <= {q.id for q in splits[name]}
-    assert (
-        split_by_id(questions, {"a": 0.5, "b": 0.5}, 0)["a"]
-        != split_by_id(questions, {"a": 0.5, "b": 0.5}, 1)["a"]
-    )
+    assert split_by_id(questions, {"a": 0.5, "b": 0.5}, 0)["a"] != split_by_id(questions, {"a": 0.5, "b": 0.5}, 1)["a"]
     for shares in ({"a": 0.5}, {"a": 1.5, "b": -0.5}):
         with pytest.raises(UserError, match="sum to 1"):
             split_by_id(questions, shares)

@@ -58,8 +58,7 @@ def test_what_does_not_fit_is_refused(length):
 def random_sequences(count, longest, seed):
     rng = random.Random(seed)
     pieces = [
-        [[rng.randrange(1, 50) for _ in range(rng.randrange(1, longest // 2))] for _ in range(2)]
-        for _ in range(count)
+        [[rng.randrange(1, 50) for _ in range(rng.randrange(1, longest // 2))] for _ in range(2)] for _ in range(count)
     ]
     return [response_sequence(prompt, response) for prompt, response in pieces]
 

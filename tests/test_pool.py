@@ -52,9 +52,7 @@ def act(item):
     elif kind == "child":
         return subprocess.Popen(["sleep", "60"]).pid
     elif kind == "modules":
-        return sorted(
-            name for name in sys.modules if name.split(".")[0] in ("jax", "jaxlib", "flax", "numpy")
-        )
+        return sorted(name for name in sys.modules if name.split(".")[0] in ("jax", "jaxlib", "flax", "numpy"))
     elif kind == "map":
         return len(mmap.mmap(-1, value))
     elif kind == "environment":
@@ -109,9 +107,7 @@ def test_work_is_shared(pool):
 def test_deadline(pool, kind):
     pids(pool)  # both workers are up
     started = time.monotonic()
-    results = pool.run(
-        [("square", 2), (kind, 30.0), ("square", 3), ("square", 4), ("square", 5), ("square", 6)]
-    )
+    results = pool.run([("square", 2), (kind, 30.0), ("square", 3), ("square", 4), ("square", 5), ("square", 6)])
     assert time.monotonic() - started < 2.5  # deadline 1, grace 0.5
     assert results[1].kind == "timeout"
     assert [results[n] for n in (0, 2, 3, 4, 5)] == [4, 9, 16, 25, 36]
@@ -166,9 +162,7 @@ def test_streaming_and_leaving_early(pool):
 
 def test_close_ends_workers_and_their_children():
     workers = WorkerPool(act, TWO)
-    results = workers.run(
-        [("child", None), ("environment", None), ("environment", None), ("environment", None)]
-    )
+    results = workers.run([("child", None), ("environment", None), ("environment", None), ("environment", None)])
     pids = {results[0], *(result[1] for result in results[1:])}
     assert all(_alive(pid) for pid in pids)
     workers.close()

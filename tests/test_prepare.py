@@ -170,11 +170,7 @@ class FakeHub:
         siblings = []
         for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
             data = path.read_bytes()
-            lfs = (
-                types.SimpleNamespace(sha256=hashlib.sha256(data).hexdigest())
-                if "train" in path.name
-                else None
-            )
+            lfs = types.SimpleNamespace(sha256=hashlib.sha256(data).hexdigest()) if "train" in path.name else None
             blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
             name = path.relative_to(self.folder).as_posix()
             siblings.append(types.SimpleNamespace(rfilename=name, lfs=lfs, blob_id=blob))
@@ -239,9 +235,7 @@ def test_without_a_network_one_line_says_what_to_do(tmp_path):
         "except UserError as error: print(error)"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    out = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert out.stdout.count("\n") == 1, out.stderr
     assert "cannot reach the hub for openai/gsm8k (OfflineModeIsEnabled)" in out.stdout
     assert "hf download --repo-type dataset openai/gsm8k --local-dir DIR" in out.stdout

@@ -26,9 +26,7 @@ def test_every_form_of_file_gives_the_same_questions(tmp_path, name):
     questions = read_questions(write(tmp_path / name, rows))
     assert [q.id for q in questions] == ["q-000000", "q-000001"]
     assert [q.prompt for q in questions] == ["1+1?", "2+2?"]
-    assert (
-        questions[0].gold == ("2",) and questions[0].kind == "math" and questions[0].metadata == {"level": 3}
-    )
+    assert questions[0].gold == ("2",) and questions[0].kind == "math" and questions[0].metadata == {"level": 3}
     assert questions[1].gold == (("4.0",) if name == "q.parquet" else ("4",))
 
 

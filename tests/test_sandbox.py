@@ -39,9 +39,7 @@ def as_user(user: str) -> list[str]:
     for python in (sys.executable, "/usr/local/bin/python3", "/usr/bin/python3"):
         read = [*prefix, python, "-B", str(ROOT / "tests/hostile.py")]
         try:
-            if subprocess.run(read, input="", capture_output=True, text=True, cwd="/").stderr.count(
-                "JSONDecodeError"
-            ):
+            if subprocess.run(read, input="", capture_output=True, text=True, cwd="/").stderr.count("JSONDecodeError"):
                 return [*prefix, python, "-B"]
         except OSError:
             continue

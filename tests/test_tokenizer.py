@@ -68,11 +68,7 @@ def test_prompts_are_the_golden_chats(tokenizers, folders, family, system):
 def test_demonstrations_from_pieces_are_the_golden_conversation(tokenizers, family):
     """prompt + answer + end_id is what the template writes, up to the newline after Qwen3's end token."""
     tokenizer = tokenizers[family]
-    rows = [
-        r
-        for r in golden("chat_golden.jsonl")
-        if r["model"].startswith(family[:4]) and len(r["messages"]) == 2
-    ]
+    rows = [r for r in golden("chat_golden.jsonl") if r["model"].startswith(family[:4]) and len(r["messages"]) == 2]
     row = next(r for r in rows if r["messages"][-1]["role"] == "assistant")
     question, answer = (message["content"] for message in row["messages"])
     pieces = [*tokenizer.encode_prompt(question), *tokenizer.encode(answer), tokenizer.end_id]

@@ -30,9 +30,7 @@ def jsonl(path):
 ANSWERS = jsonl(HERE / "answers.jsonl")
 
 
-@pytest.mark.parametrize(
-    "row", ANSWERS, ids=[f"{row['row']}: {row['pred']} | {row['gold']}" for row in ANSWERS]
-)
+@pytest.mark.parametrize("row", ANSWERS, ids=[f"{row['row']}: {row['pred']} | {row['gold']}" for row in ANSWERS])
 def test_answers_of_the_table(row):
     wanted = "correct" if row["equal"] else "wrong"
     assert answers_equal(row["pred"], row["gold"]).outcome == wanted
@@ -308,9 +306,7 @@ def test_an_outer_alarm_survives_and_threads_are_refused():
 
 # ---- other graders' own cases
 
-_FORMULA = re.compile(
-    r"\$\$.*?\$\$|\$[^$\n]*\$|\\\[.*?\\\]|\\\(.*?\\\)|\\[A-Za-z]+(?:\{[^{}]*\})?", re.DOTALL
-)
+_FORMULA = re.compile(r"\$\$.*?\$\$|\$[^$\n]*\$|\\\[.*?\\\]|\\\(.*?\\\)|\\[A-Za-z]+(?:\{[^{}]*\})?", re.DOTALL)
 
 
 def excluded(row):
@@ -373,9 +369,7 @@ def test_graders_all():
 
 
 def agreement(rows):
-    right = sum(
-        (verify_math(row["response"], row["gold"]).outcome == "correct") is row["correct"] for row in rows
-    )
+    right = sum((verify_math(row["response"], row["gold"]).outcome == "correct") is row["correct"] for row in rows)
     return right / len(rows)
 
 
@@ -387,9 +381,7 @@ def test_outputs_sample():
 @pytest.mark.slow
 def test_outputs_labelled():
     rows = jsonl(Path(SHARED) / "outputs" / "math_model_outputs.jsonl.gz")
-    labelled = [
-        r for r in rows if r["dataset"].startswith("MATH") and r["correct"] is not None and r["has_boxed"]
-    ]
+    labelled = [r for r in rows if r["dataset"].startswith("MATH") and r["correct"] is not None and r["has_boxed"]]
     assert len(labelled) == 1365
     rate = agreement(labelled)
     print(f"labelled MATH outputs with a box: {100 * rate:.2f} % agree")

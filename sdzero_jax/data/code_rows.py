@@ -45,9 +45,7 @@ def stdio_tests(value: Any, row: Row = {}) -> dict[str, Any]:  # noqa: B006  (ne
         value = [{"input": i, "output": o} for i, o in zip(inputs, outputs)]
     if not value:
         raise BadRow("no tests")
-    cases = [
-        {"input": _text(case, "input", "stdin"), "output": _text(case, "output", "stdout")} for case in value
-    ]
+    cases = [{"input": _text(case, "input", "stdin"), "output": _text(case, "output", "stdout")} for case in value]
     tests = {"style": "stdio", "cases": cases, "checker": row.get("generated_checker") or None}
     return tests | _limits(row)
 
@@ -106,9 +104,7 @@ def codeforces(row: Row, name: str, language: str) -> Question:
     for title, field in (("Input", "input_format"), ("Output", "output_format"), ("Note", "note")):
         sections += [f"## {title}\n\n{row[field]}"] if row.get(field) else []
     for example in row.get("examples") or ():
-        sections.append(
-            f"## Example\n\nInput:\n```\n{example['input']}\n```\nOutput:\n```\n{example['output']}\n```"
-        )
+        sections.append(f"## Example\n\nInput:\n```\n{example['input']}\n```\nOutput:\n```\n{example['output']}\n```")
     if not row.get("description"):
         raise BadRow("no statement")
     metadata = plain_fields(row, leave_out={"description", "input_format", "output_format", "note", "prompt"})
@@ -144,9 +140,7 @@ def live_code_bench(row: Row, name: str) -> Question:
     if function:
         tests = {"style": "call", "fn_name": function, "cases": tests["cases"]}
         body = f"{body.strip()}\n\nUse this head.\n\n```python\n{starter.rstrip()}\n```"
-    return Question(
-        f"{name}-{row_id}", body.strip(), (), "code", metadata | {"language": "python", "tests": tests}
-    )
+    return Question(f"{name}-{row_id}", body.strip(), (), "code", metadata | {"language": "python", "tests": tests})
 
 
 def _sandbox_fusion_statement(content: str) -> tuple[str, str]:

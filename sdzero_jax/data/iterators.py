@@ -68,9 +68,7 @@ def epoch_batches(
     per_round = batch_size * process_count
     whole = len(records) // per_round * per_round
     if remainder == "drop" and not whole:
-        raise UserError(
-            f"{len(records)} records do not fill {process_count} batches of {batch_size}; pad them"
-        )
+        raise UserError(f"{len(records)} records do not fill {process_count} batches of {batch_size}; pad them")
     dataset = grain.MapDataset.source(records).seed(seed)
     dataset = dataset.shuffle() if shuffle else dataset
     if remainder == "drop":

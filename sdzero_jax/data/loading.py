@@ -15,9 +15,7 @@ from sdzero_jax.examples import Question
 class QuestionsConfig:
     """Where questions come from."""
 
-    source: Annotated[str, "NAME:SPLIT of a prepared set, or a .jsonl, .json or .parquet file"] = (
-        "gsm8k:train"
-    )
+    source: Annotated[str, "NAME:SPLIT of a prepared set, or a .jsonl, .json or .parquet file"] = "gsm8k:train"
     data_dir: Annotated[str, "folder of the prepared sets"] = DATA_DIR
     fields: Annotated[FieldMapping, "fields of a file; prepared sets have their own"] = FieldMapping()
 
@@ -45,7 +43,5 @@ def load_questions(config: QuestionsConfig) -> Sequence[Question]:
     if any(suffix in Path(config.source).suffixes for suffix in SUFFIXES):
         return _Asked(read_questions(config.source, config.fields))
     if not separator:
-        raise UserError(
-            f"question source {config.source!r}; wanted NAME:SPLIT or a {', '.join(SUFFIXES)} file"
-        )
+        raise UserError(f"question source {config.source!r}; wanted NAME:SPLIT or a {', '.join(SUFFIXES)} file")
     return _Asked(open_split(name, split, data_dir=config.data_dir))

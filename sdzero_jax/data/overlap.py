@@ -21,9 +21,7 @@ _INSTRUCTIONS = (
     *(code_instruction(language, style) for language in LANGUAGES for style in ("stdio", "function")),
 )
 # Layout that does not change what is asked. Signs of arithmetic stay: x+1 and x-1 are two problems.
-_LAYOUT = re.compile(
-    r"\\(?:left|right|displaystyle|quad|qquad|text|textbf|mathrm)(?![a-z])|\\[,;:! ]|[$~\s\"'`“”‘’]"
-)
+_LAYOUT = re.compile(r"\\(?:left|right|displaystyle|quad|qquad|text|textbf|mathrm)(?![a-z])|\\[,;:! ]|[$~\s\"'`“”‘’]")
 _SENTENCE_MARKS = re.compile(r"(?<!\d)[.,;:?]|[.,;:?](?!\d)")
 
 
@@ -78,8 +76,7 @@ def check_overlap(
     counts = {name: sum(pair.evaluation_set == name for pair in pairs) for name in evaluation}
     told = ", ".join(f"{count} with {name}" for name, count in counts.items() if count)
     message = (
-        f"training questions overlap with evaluation: {told} (first: {pairs[0].train_id} is "
-        f"{pairs[0].evaluation_id})"
+        f"training questions overlap with evaluation: {told} (first: {pairs[0].train_id} is {pairs[0].evaluation_id})"
     )
     if not allow:
         raise UserError(f"{message}; take other questions or allow the overlap in the settings")

@@ -58,9 +58,7 @@ def utilisation(lengths: Sequence[int], rows: int, row_length: int) -> float:
     return sum(lengths) / (rows * row_length) if rows else 0.0
 
 
-def packed_batch(
-    sequences: Sequence[Scored], row_length: int, *, rows: int | None = None
-) -> dict[str, np.ndarray]:
+def packed_batch(sequences: Sequence[Scored], row_length: int, *, rows: int | None = None) -> dict[str, np.ndarray]:
     """Sequences packed into one scored-sequence batch; its utilisation is logged.
 
     Args:
@@ -76,9 +74,7 @@ def packed_batch(
     packs = first_fit_decreasing(lengths, row_length)
     count = len(packs) if rows is None else rows
     if len(packs) > count:
-        raise ValueError(
-            f"{len(sequences)} sequences need {len(packs)} rows of {row_length}; there are {count}"
-        )
+        raise ValueError(f"{len(sequences)} sequences need {len(packs)} rows of {row_length}; there are {count}")
     _log.info(
         "packed %d sequences into %d rows of %d tokens, utilisation %.3f (unpacked %.3f)",
         len(sequences), count, row_length,

@@ -57,9 +57,7 @@ def prepare_set(
     else:
         files, origin = hub_files(named, revision)
     checksums = {
-        f"{split}: {path.parent.name}/{path.name}": sha256(path)
-        for split, paths in files.items()
-        for path in paths
+        f"{split}: {path.parent.name}/{path.name}": sha256(path) for split, paths in files.items() for path in paths
     }
     if is_there and old.get("checksums") == checksums and old.get("source") == origin:
         return {**old, "directory": str(target)}
@@ -133,9 +131,7 @@ def hub_files(named: NamedSet, revision: str | None = None) -> tuple[dict[str, l
         if not source.hub:
             continue
         own = source.repo == next(iter(named.sources.values())).repo
-        wanted = (
-            commits.get(source.repo) or (revision if own else None) or "main"
-        )  # one commit per repository
+        wanted = commits.get(source.repo) or (revision if own else None) or "main"  # one commit per repository
         folder, commits[source.repo], files = _fetch(named.name, source, wanted)
         found[split] = [folder / name for name in files]
     return found, {"commits": commits}
@@ -157,9 +153,7 @@ def _fetch(name: str, source: Source, revision: str) -> tuple[Path, str, list[st
             if any(PurePosixPath(sibling.rfilename).match(pattern) for pattern in source.hub)
         }
         if not wanted:
-            raise UserError(
-                f"{source.repo}@{info.sha} has none of {', '.join(source.hub)}; give --revision or --from"
-            )
+            raise UserError(f"{source.repo}@{info.sha} has none of {', '.join(source.hub)}; give --revision or --from")
         folder = huggingface_hub.snapshot_download(
             source.repo, repo_type="dataset", revision=info.sha, allow_patterns=sorted(wanted)
         )
@@ -170,9 +164,7 @@ def _fetch(name: str, source: Source, revision: str) -> tuple[Path, str, list[st
     except UserError:
         raise
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
-        raise UserError(
-            f"cannot reach the hub for {source.repo} ({type(error).__name__}); {advice}"
-        ) from None
+        raise UserError(f"cannot reach the hub for {source.repo} ({type(error).__name__}); {advice}") from None
     for file, sibling in wanted.items():
         _check_download(Path(folder) / file, sibling, source.repo)
     return Path(folder), info.sha, sorted(wanted)
@@ -188,9 +180,7 @@ def _check_download(path: Path, sibling: Any, repo: str) -> None:
     else:
         good = True
     if not good:
-        raise UserError(
-            f"{path}: checksum differs from {repo}'s; remove the file and run the same command again"
-        )
+        raise UserError(f"{path}: checksum differs from {repo}'s; remove the file and run the same command again")
 
 
 def sha256(path: Path) -> str:
@@ -207,18 +197,14 @@ def _write(named: NamedSet, files: dict[str, list[Path]], directory: Path) -> di
     splits = {split: paths for split, paths in files.items() if split != "companion"}
     for split, paths in splits.items():
         if next(reader.questions(split, paths), None) is None:
-            raise UserError(
-                f"{named.name}, split {split}: no questions in {', '.join(path.name for path in paths)}"
-            )
+            raise UserError(f"{named.name}, split {split}: no questions in {', '.join(path.name for path in paths)}")
     reader.skipped.clear()
     counts = tfds_builder.write(
         directory,
         {split: (lambda s=split, p=paths: reader.questions(s, p)) for split, paths in splits.items()},
     )
     evaluation = {
-        split: tfds_builder.source(directory, split)
-        for split in counts
-        if split not in ("train", "companion")
+        split: tfds_builder.source(directory, split) for split in counts if split not in ("train", "companion")
     }
     shared = find_overlap(tfds_builder.source(directory, "train"), evaluation) if "train" in counts else []
     return {

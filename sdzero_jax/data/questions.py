@@ -88,9 +88,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
 
 
-def read_questions(
-    path: str | Path, mapping: FieldMapping = FieldMapping(), name: str = ""
-) -> list[Question]:
+def read_questions(path: str | Path, mapping: FieldMapping = FieldMapping(), name: str = "") -> list[Question]:
     """The questions of a file, in its order, problems bare of instructions.
 
     Args:
@@ -108,9 +106,7 @@ def read_questions(
         except BadRow as error:
             raise UserError(f"{path}, row {number}: {error}; its fields are {', '.join(row)}") from None
         if question.id in questions:
-            raise UserError(
-                f"{path}, row {number}: id {question.id!r} occurs twice; set the mapping's id field"
-            )
+            raise UserError(f"{path}, row {number}: id {question.id!r} occurs twice; set the mapping's id field")
         questions[question.id] = question
     if not questions:
         raise UserError(f"{path}: no rows")
@@ -123,11 +119,7 @@ def question_of(row: Row, mapping: FieldMapping, name: str, number: int) -> Ques
     prompt = row[prompt_field]
     if not isinstance(prompt, str) or not prompt.strip():
         raise BadRow(f"field {prompt_field!r} holds no text")
-    row_id = (
-        row.get(mapping.id)
-        if mapping.id
-        else next((row[f] for f in ID_FIELDS if row.get(f) is not None), None)
-    )
+    row_id = row.get(mapping.id) if mapping.id else next((row[f] for f in ID_FIELDS if row.get(f) is not None), None)
     if mapping.id and row_id is None:
         raise BadRow(f"no id field {mapping.id!r}")
     question_id = f"{name}-{number - 1:06d}" if row_id is None else f"{name}-{row_id}"
@@ -162,9 +154,7 @@ def plain_fields(row: Row, leave_out: set[str]) -> dict[str, Any]:
         name: value
         for name, value in row.items()
         if name not in leave_out
-        and (
-            isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= _LONGEST_FIELD)
-        )
+        and (isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= _LONGEST_FIELD))
     }
 
 
@@ -176,9 +166,7 @@ def gold_answers(value: Any, must_be_boxed: bool = False) -> tuple[str, ...]:
     Raises: BadRow for an empty answer, or text without a box where one `must_be_boxed`.
     """
     if isinstance(value, list | tuple):
-        answers = tuple(
-            dict.fromkeys(answer for entry in value for answer in gold_answers(entry, must_be_boxed))
-        )
+        answers = tuple(dict.fromkeys(answer for entry in value for answer in gold_answers(entry, must_be_boxed)))
         if not answers:
             raise BadRow("empty answer")
         return answers
@@ -228,9 +216,7 @@ def with_instruction(question: Question) -> Question:
     return dataclasses.replace(question, prompt=instructed(question.prompt, MATH_INSTRUCTION))
 
 
-def split_by_id(
-    questions: Sequence[Question], shares: Mapping[str, float], seed: int = 0
-) -> dict[str, list[Question]]:
+def split_by_id(questions: Sequence[Question], shares: Mapping[str, float], seed: int = 0) -> dict[str, list[Question]]:
     """Deals questions into splits by a hash of their ids: stable when questions are added or reordered.
 
     Args:

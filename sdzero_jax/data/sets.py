@@ -100,11 +100,7 @@ def _code(convert: Callable[[Row, str], Question]) -> Convert:
 def _amo(row: Row, name: str, number: int, split: str, file: str) -> Question:
     """AMO-Bench; answers that are a description are left to a judge that we do not have."""
     answer = row.get("answer")
-    if (
-        isinstance(answer, str)
-        and last_boxed(answer) is None
-        and row.get("answer_type") in (None, "description")
-    ):
+    if isinstance(answer, str) and last_boxed(answer) is None and row.get("answer_type") in (None, "description"):
         raise BadRow("answer in words")
     return _math(row, name, number, split, file)
 
@@ -135,9 +131,7 @@ SETS: dict[str, NamedSet] = {
                 "train": Source(
                     "DigitalLearningGmbH/MATH-lighteval", ("data/train-*.parquet",), ("math_train*.jsonl*",)
                 ),
-                "test": Source(
-                    "DigitalLearningGmbH/MATH-lighteval", ("data/test-*.parquet",), ("math_test*.jsonl*",)
-                ),
+                "test": Source("DigitalLearningGmbH/MATH-lighteval", ("data/test-*.parquet",), ("math_test*.jsonl*",)),
             },
             functools.partial(_math, prompt="problem"),
             _MIT,
@@ -168,11 +162,7 @@ SETS: dict[str, NamedSet] = {
         ),
         NamedSet(
             "olympiadbench",
-            {
-                "test": Source(
-                    "Hothan/OlympiadBench", ("OE_TO_maths_en_COMP/*.parquet",), ("olympiadbench*.jsonl*",)
-                )
-            },
+            {"test": Source("Hothan/OlympiadBench", ("OE_TO_maths_en_COMP/*.parquet",), ("olympiadbench*.jsonl*",))},
             _olympiad,
             _APACHE,
         ),
@@ -190,21 +180,13 @@ SETS: dict[str, NamedSet] = {
         ),
         NamedSet(
             "openr1_math_220k",
-            {
-                "train": Source(
-                    "open-r1/OpenR1-Math-220k", ("data/train-*.parquet",), ("openr1_math_220k*.json*",)
-                )
-            },
+            {"train": Source("open-r1/OpenR1-Math-220k", ("data/train-*.parquet",), ("openr1_math_220k*.json*",))},
             _openr1,
             _APACHE,
         ),
         NamedSet(
             "deepscaler",
-            {
-                "train": Source(
-                    "agentica-org/DeepScaleR-Preview-Dataset", ("deepscaler.json",), ("deepscaler*.json*",)
-                )
-            },
+            {"train": Source("agentica-org/DeepScaleR-Preview-Dataset", ("deepscaler.json",), ("deepscaler*.json*",))},
             functools.partial(_math, prompt="problem", answer="answer"),
             "MIT; AIME problems (c) MAA",
         ),
@@ -225,21 +207,13 @@ SETS: dict[str, NamedSet] = {
         ),
         NamedSet(
             "livecodebench",
-            {
-                "test": Source(
-                    "livecodebench/code_generation_lite", ("test*.jsonl",), ("livecodebench_samples.jsonl*",)
-                )
-            },
+            {"test": Source("livecodebench/code_generation_lite", ("test*.jsonl",), ("livecodebench_samples.jsonl*",))},
             _code(code_rows.live_code_bench),
             "CC",
         ),
         NamedSet(
             "humaneval",
-            {
-                "test": Source(
-                    "openai/openai_humaneval", ("openai_humaneval/test-*.parquet",), ("humaneval.jsonl*",)
-                )
-            },
+            {"test": Source("openai/openai_humaneval", ("openai_humaneval/test-*.parquet",), ("humaneval.jsonl*",))},
             _code(code_rows.human_eval),
             _MIT,
         ),

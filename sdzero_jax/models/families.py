@@ -18,9 +18,7 @@ def _preset(fields: Mapping[str, Any], **dials: Any) -> DecoderConfig:
 
 # Name -> DecoderConfig of a published model; keywords set other dials (remat, compute_dtype, ...).
 PRESETS: Mapping[str, Callable[..., DecoderConfig]] = {
-    name: functools.partial(_preset, fields)
-    for module in FAMILIES.values()
-    for name, fields in module.PRESETS.items()
+    name: functools.partial(_preset, fields) for module in FAMILIES.values() for name, fields in module.PRESETS.items()
 }
 # Dials of how a model runs, not of what it is: no config.json mentions them.
 RUNTIME_FIELDS = ("param_dtype", "compute_dtype", "remat", "attention")

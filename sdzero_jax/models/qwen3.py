@@ -72,12 +72,8 @@ _COMMON = dict(
 _4B = dict(hidden_size=2560, num_layers=36, num_heads=32, intermediate_size=9728, tie_embeddings=True)
 _2507 = dict(rope_theta=5_000_000.0, rope_theta_sliding=5_000_000.0, max_position=262_144)
 _SIZES = {
-    "qwen3_0_6b": dict(
-        hidden_size=1024, num_layers=28, num_heads=16, intermediate_size=3072, tie_embeddings=True
-    ),
-    "qwen3_1_7b": dict(
-        hidden_size=2048, num_layers=28, num_heads=16, intermediate_size=6144, tie_embeddings=True
-    ),
+    "qwen3_0_6b": dict(hidden_size=1024, num_layers=28, num_heads=16, intermediate_size=3072, tie_embeddings=True),
+    "qwen3_1_7b": dict(hidden_size=2048, num_layers=28, num_heads=16, intermediate_size=6144, tie_embeddings=True),
     "qwen3_4b": _4B,
     "qwen3_4b_instruct_2507": _4B | _2507,
     "qwen3_8b": dict(hidden_size=4096, num_layers=36, num_heads=32, intermediate_size=12_288),

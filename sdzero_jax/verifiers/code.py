@@ -131,9 +131,7 @@ def judge_program(program: Program, tests: Any, *, limits: Limits = DEFAULT_LIMI
     return Report(Verdict.of("correct", f"{len(results)} tests"), results)
 
 
-def judge_many(
-    items: Iterable[tuple[str | Program, Any]], *, limits: Limits = DEFAULT_LIMITS
-) -> Iterator[Report]:
+def judge_many(items: Iterable[tuple[str | Program, Any]], *, limits: Limits = DEFAULT_LIMITS) -> Iterator[Report]:
     """Judges (response or program, tests) pairs on all cores; yields their reports in order.
 
     Raises UserError without a sandbox. No more than a few items per worker are held at once.
@@ -193,9 +191,7 @@ def _bounds(tests: CodeTests, limits: Limits) -> Bounds:
     )
 
 
-def _prepare(
-    sandbox: Sandbox, program: Program, headers, limits: Limits
-) -> tuple[list[str], dict[str, bytes]]:
+def _prepare(sandbox: Sandbox, program: Program, headers, limits: Limits) -> tuple[list[str], dict[str, bytes]]:
     """Returns the command that runs a program and the files that it needs. Raises _DoesNotCompile."""
     if program.language == "python":
         return _python(sandbox, f"{BOX}/main.py"), {"main.py": _bytes(program.code)}
@@ -241,16 +237,12 @@ def _failure(run: Result) -> tuple[str, str] | None:
         return run.stop, f"after {run.cpu_s:.2f} s of CPU, {run.wall_s:.2f} s"
     if not run.returncode:
         return None
-    if re.search(
-        rb"MemoryError|std::bad_alloc|Cannot allocate memory|failed to map segment", run.stderr[-500:]
-    ):
+    if re.search(rb"MemoryError|std::bad_alloc|Cannot allocate memory|failed to map segment", run.stderr[-500:]):
         return "memory", last
     return "runtime_error", last or f"exit status {run.returncode}"
 
 
-def _compare(
-    sandbox: Sandbox, case: Case, output: bytes, tests: CodeTests, limits: Limits
-) -> tuple[str, str]:
+def _compare(sandbox: Sandbox, case: Case, output: bytes, tests: CodeTests, limits: Limits) -> tuple[str, str]:
     if tests.checker:
         accepted = _run_checker(sandbox, tests.checker, case, output, limits)
     else:
@@ -269,9 +261,7 @@ def _run_checker(sandbox: Sandbox, checker: Program, case: Case, output: bytes, 
     return said
 
 
-def _ask_checker(
-    sandbox: Sandbox, checker: Program, case: Case, output: bytes, limits: Limits
-) -> bool | None:
+def _ask_checker(sandbox: Sandbox, checker: Program, case: Case, output: bytes, limits: Limits) -> bool | None:
     command, files = _prepare_checker(sandbox, checker, limits)
     texts = {
         "input.txt": case.input.encode(),
@@ -299,9 +289,7 @@ _NO_LIMITS = CodeTests(cases=(Case("", ""),))
 _REMOTE = Path(__file__).with_name("remote.py")
 
 
-def _run_functions(
-    sandbox, program: Program, tests: CodeTests, bounds: Bounds, limits: Limits
-) -> Iterator[TestResult]:
+def _run_functions(sandbox, program: Program, tests: CodeTests, bounds: Bounds, limits: Limits) -> Iterator[TestResult]:
     count = len(tests.asserts) + len(tests.calls)
     source = _REMOTE.read_bytes()
     plan = {
@@ -401,9 +389,7 @@ def _run_cpp_test(sandbox, program: Program, tests: CodeTests, bounds: Bounds, l
         failed = ("wrong_answer", failed[1])
     if not failed and not run.stdout.endswith(mark.encode()):  # left before its tests were done
         failed = ("runtime_error", "it ended before its tests")
-    return TestResult(
-        "0", *(("accepted", run.cpu_s, "") if not failed else (failed[0], run.cpu_s, failed[1]))
-    )
+    return TestResult("0", *(("accepted", run.cpu_s, "") if not failed else (failed[0], run.cpu_s, failed[1])))
 
 
 def _join_cpp(code: str, prompt: str, test: str) -> str:
@@ -453,8 +439,6 @@ def _last_line(stderr: bytes) -> str:
 
 def _is_syntax_error(run: Result) -> bool:
     """Python names a program that it cannot read without calling it a traceback."""
-    if run.returncode != 1 or not _last_line(run.stderr).startswith(
-        ("SyntaxError", "IndentationError", "TabError")
-    ):
+    if run.returncode != 1 or not _last_line(run.stderr).startswith(("SyntaxError", "IndentationError", "TabError")):
         return False
     return b'File "<solution>"' in run.stderr or not run.stderr.startswith(b"Traceback")

@@ -194,11 +194,7 @@ def _from_asserts(sources: list | tuple, setup: str) -> dict[str, Any]:
     for source in sources:
         if not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(source))):
             raise BadTests(f"a test without an assert: {source[:80]!r}")
-        names = (
-            n.func.id
-            for n in ast.walk(ast.parse(source))
-            if isinstance(n, ast.Call) and hasattr(n.func, "id")
-        )
+        names = (n.func.id for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call) and hasattr(n.func, "id"))
         for name in dict.fromkeys(names):
             called[name] = called.get(name, 0) + 1
     # The function under test is the one that every test calls; a name of Python's only if no other is.

@@ -30,9 +30,7 @@ class Rules(NamedTuple):
 
 def compare(pred: str, gold: str, rules: Rules = Rules()) -> Comparison:
     """Compares two answers written as text or LaTeX, without boxes. Never evaluates them as code."""
-    if (
-        max(len(pred), len(gold)) > 4 * rules.max_chars
-    ):  # no pattern touches long text: some take quadratic time
+    if max(len(pred), len(gold)) > 4 * rules.max_chars:  # no pattern touches long text: some take quadratic time
         if pred.strip() and pred.strip() == gold.strip():
             return Comparison("equal", "same text")
         longer = "gold_unreadable" if len(gold) > 4 * rules.max_chars else "unreadable"
@@ -112,9 +110,7 @@ def _same_number(a: normalise.Number, b: normalise.Number, digits: int) -> bool:
     if a.percent == b.percent:
         return _close(a, b, digits)
     plain, percent = (b, a) if a.percent else (a, b)
-    hundredth = normalise.Number(
-        percent.value / 100, None if percent.decimals is None else percent.decimals + 2, False
-    )
+    hundredth = normalise.Number(percent.value / 100, None if percent.decimals is None else percent.decimals + 2, False)
     return _close(plain, percent, digits) or _close(plain, hundredth, digits)
 
 
@@ -125,9 +121,7 @@ def _close(a: normalise.Number, b: normalise.Number, digits: int) -> bool:
     if not written or min(written) < digits or 1 in (a.value.denominator, b.value.denominator):
         return False  # a short decimal is exact: .3333 is not 1/3; and an integer is never rounded to
     size = min(abs(a.value), abs(b.value))
-    zeros = (
-        len(str(int(1 / size))) - 1 if 0 < size < 1 else 0
-    )  # small numbers are compared by digits that count
+    zeros = len(str(int(1 / size))) - 1 if 0 < size < 1 else 0  # small numbers are compared by digits that count
     places = min(min(written), digits + zeros)
     return size * 10**places >= 1000 and round(a.value, places) == round(b.value, places)
 
@@ -141,11 +135,7 @@ def _by_words(pred: str, gold: str, rules: Rules) -> Comparison | None:
         return _decided(p == g, "words")
     plain = g if p is None else p
     other = pred if p is None else gold
-    if (
-        plain is not None
-        and plain.replace(" ", "") == re.sub(r"[^A-Za-z]", "", other).lower()
-        and other.isalpha()
-    ):
+    if plain is not None and plain.replace(" ", "") == re.sub(r"[^A-Za-z]", "", other).lower() and other.isalpha():
         return Comparison("equal", "words")
     return None
 
@@ -231,9 +221,7 @@ def _symbolic(pred: str, gold: str, rules: Rules) -> Comparison:
         g = symbolic.parse(_latex(gold))
     except symbolic.Unreadable as error:
         return (
-            Comparison("gold_unreadable", str(error))
-            if normalise.words_of(gold) is None
-            else _decided(False, "words")
+            Comparison("gold_unreadable", str(error)) if normalise.words_of(gold) is None else _decided(False, "words")
         )
     except symbolic.TooLarge as error:
         return Comparison("too_large", f"gold: {error}")

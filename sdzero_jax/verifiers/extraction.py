@@ -16,9 +16,7 @@ _TOKEN = re.compile(
 )
 _BOX = re.compile(r"\\{1,4}(?:boxed|fbox)")
 _UNCLOSED_END = re.compile(r"\$|\\\]|\\\)|\n\s*\n|\n(?=\s*[A-Z])|\.\s+(?=[A-Z])")
-_BARE_CONTENT = re.compile(
-    r"\s*(?!\\{1,4}f?box)([\d\\+\-.(\[][^$\n]*?)\s*(?=\$|\n|\\\]|\\\)|\.?\s*$|\.\s|,\s)"
-)
+_BARE_CONTENT = re.compile(r"\s*(?!\\{1,4}f?box)([\d\\+\-.(\[][^$\n]*?)\s*(?=\$|\n|\\\]|\\\)|\.?\s*$|\.\s|,\s)")
 # What may stand between two boxes that form one list: it ends with a separator and holds no sentence end.
 _LIST_GLUE = re.compile(
     r"[^.!?\n]{0,24}?(?:,|;|\band\b|\bor\b)(?:[\s$,;}{]|\\(?:text|q?quad|[,;:! \[\]()])|\band\b|\bor\b)*",
@@ -107,9 +105,7 @@ def last_formula(text: str) -> str:
     Formulas with only a separator between them form a list.
     """
     text = text[-LONGEST_SENTENCE:]
-    spans = [
-        (m.start(), m.end(), next(g for g in m.groups() if g is not None)) for m in _FORMULA.finditer(text)
-    ]
+    spans = [(m.start(), m.end(), next(g for g in m.groups() if g is not None)) for m in _FORMULA.finditer(text)]
     if not spans or not _PROSE.search(_FORMULA.sub(" ", text)):
         return text
     first = len(spans) - 1

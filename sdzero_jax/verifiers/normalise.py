@@ -132,11 +132,7 @@ def parse_number(text: str) -> Number | None:
 def _unwrap(text: str) -> str:
     """Without an outer pair of braces or parentheses around a number."""
     text = text.strip()
-    while (
-        len(text) > 2
-        and (text[0], text[-1]) in (("{", "}"), ("(", ")"))
-        and not re.search(r"[(){},]", text[1:-1])
-    ):
+    while len(text) > 2 and (text[0], text[-1]) in (("{", "}"), ("(", ")")) and not re.search(r"[(){},]", text[1:-1]):
         text = text[1:-1].strip()
     return text
 
@@ -179,11 +175,7 @@ _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6}
 def number_from_words(text: str) -> int | None:
     """five -> 5, "one hundred and twenty-three" -> 123; None for anything else."""
     words = [word for word in re.split(r"[\s-]+", text.lower().strip()) if word]
-    if (
-        not words
-        or len(words) > 12
-        or any(w not in _VALUES and w not in _SCALES and w != "and" for w in words)
-    ):
+    if not words or len(words) > 12 or any(w not in _VALUES and w not in _SCALES and w != "and" for w in words):
         return None
     total, group, last = 0, 0, None
     for word in words:

@@ -208,9 +208,7 @@ class VerifierPool:
         self._settings = dataclasses.replace(math_settings, deadline=own)
         self._pool = WorkerPool(grade_item, settings, prepare=symbolic.load)
 
-    def verify(
-        self, golds: Sequence[str | Sequence[str] | Question], responses: Sequence[str]
-    ) -> list[Verdict]:
+    def verify(self, golds: Sequence[str | Sequence[str] | Question], responses: Sequence[str]) -> list[Verdict]:
         """A Verdict per response, in order.
 
         Args:
@@ -353,9 +351,7 @@ def _serve(descriptor: int) -> None:
         try:
             message = reduction.ForkingPickler.dumps(("result", result))
         except Exception as error:
-            message = reduction.ForkingPickler.dumps(
-                ("result", Failure("error", f"result cannot be sent: {error}"))
-            )
+            message = reduction.ForkingPickler.dumps(("result", Failure("error", f"result cannot be sent: {error}")))
         try:
             channel.send_bytes(message)
         except OSError:

@@ -377,9 +377,7 @@ class Running:
         """Without namespaces: by the mark in the environment that every descendant inherits."""
         mark = f"SDZERO_RUN={self._mark}".encode()
         for _ in range(20):
-            found = [
-                pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _has_mark(pid, mark)
-            ]
+            found = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _has_mark(pid, mark)]
             self._killed |= set(found)
             for pid in found:
                 with contextlib.suppress(OSError):

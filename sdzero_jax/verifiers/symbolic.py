@@ -100,12 +100,7 @@ def _differ_numerically(pred: Any, gold: Any, digits: int) -> bool:
     from sympy import E, Float, Symbol
 
     symbols = sorted(pred.free_symbols | gold.free_symbols, key=str)
-    if (
-        len(symbols) > len(_PROBES)
-        or isinstance(pred, Symbol)
-        or isinstance(gold, Symbol)
-        or E in (pred, gold)
-    ):
+    if len(symbols) > len(_PROBES) or isinstance(pred, Symbol) or isinstance(gold, Symbol) or E in (pred, gold):
         return False  # names such as E may stand for a letter: the comparison of symbols decides
     if _letters_only(pred) or _letters_only(gold):
         return False
@@ -188,11 +183,7 @@ def _digits(node: Any, depth: int) -> float:
 def _log10(number: Any) -> float:
     numerator, denominator = getattr(number, "p", None), getattr(number, "q", None)
     if isinstance(numerator, int) and isinstance(denominator, int) and numerator:
-        return (
-            math.log10(max(abs(numerator) / denominator, 1.0))
-            if abs(numerator) < 10**300
-            else len(str(numerator))
-        )
+        return math.log10(max(abs(numerator) / denominator, 1.0)) if abs(numerator) < 10**300 else len(str(numerator))
     try:
         value = abs(float(number))
         return math.log10(max(value, 1.0)) if math.isfinite(value) else 0.0

@@ -76,9 +76,7 @@ def _text_units(text: str) -> tuple[str, str]:
         unit, known = _canonical(match["text"], match["power"])
         if not known and not re.search(r"[\d})\]]\s*$", rest[: match.start()]):
             break  # a letter with words behind it is no measure
-        parts.append(
-            (match["slash"] or "").replace("\\cdot", "").replace("\\times", "") + (unit if known else "")
-        )
+        parts.append((match["slash"] or "").replace("\\cdot", "").replace("\\times", "") + (unit if known else ""))
         rest = rest[: match.start()].rstrip()
     return rest, "".join(reversed(parts))
 
