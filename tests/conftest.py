@@ -10,6 +10,14 @@ import pytest
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """For files that compile many small programs and run each once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def _oracles_required() -> bool:
     """With SDZERO_REQUIRE_ORACLES=1 a skipped oracle is a failure: CI must not lose one quietly."""
     return os.environ.get("SDZERO_REQUIRE_ORACLES") == "1"

@@ -15,6 +15,7 @@ from sdzero_jax.errors import UserError
 # The package exports the function under the module's name.
 ops = importlib.import_module("sdzero_jax.ops.attention")
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def inputs(seed=0, batch=2, q_len=37, kv_len=37, heads=6, kv_heads=2, width=8):
@@ -53,13 +54,6 @@ def oracle(q, k, v, q_positions, kv_positions, q_segments, kv_segments, window=N
                 weight = np.exp(score - score.max())
                 out[b, t, h] = weight @ v[b, seen, h // group] / weight.sum()
     return out
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

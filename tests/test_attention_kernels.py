@@ -25,13 +25,7 @@ from sdzero_jax.models import DecoderConfig, LanguageModel
 # The package exports the function under the module's name.
 ops = importlib.import_module("sdzero_jax.ops.attention")
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 # ---- splash --------------------------------------------------------------------------------------
