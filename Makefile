@@ -48,7 +48,7 @@ $(VENV)/.cpu $(VENV)/.cuda $(VENV)/.tpu: $(VENV)/.%: requirements.txt requiremen
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r $(REQUIREMENTS_$*)
 	@touch $@
 
-$(VENV)/libtpu/.done: requirements.txt sdzero_jax/topology.py | $(VENV)/.oracle
+$(VENV)/libtpu/.done: requirements.txt sdzero_jax/topology.py | $(VENV)/.cpu
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(VENV)/libtpu \
 		"$$($(VENV)/bin/python -c 'from sdzero_jax import topology; print(topology.libtpu_requirement())')"
 	@touch $@

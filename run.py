@@ -18,6 +18,7 @@ a save. The same command goes on where it stopped.
 import argparse
 import itertools
 import sys
+import traceback
 
 DEMO = "configs/demo.py"
 STAGES = ("base", "collect", "srt", "distill", "train", "evaluate", "localise")
@@ -26,6 +27,7 @@ COMMANDS = ("demo", "pipeline", *STAGES, "compare", "report", "doctor", "verify"
 
 def main(argv: list[str]) -> int:
     """Runs one subcommand and returns the exit status."""
+    from sdzero_jax import hosts
     from sdzero_jax.errors import Fault, HealthStop, Stopped, UserError, full_disk
 
     try:
@@ -33,7 +35,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
-    except (HealthStop, Fault) as stop:
+    except HealthStop as stop:
         print(f"stopped: {_one_line(stop)}", file=sys.stderr)
         return 1
     except Stopped as stop:
@@ -43,14 +45,20 @@ def main(argv: list[str]) -> int:
         print("interrupted; the same command goes on from the last save", file=sys.stderr)
         return 130
     except Exception as error:
-        if not full_disk(error):
+        detail = _one_line(error)[:200]
+        if isinstance(error, Fault):
+            print(f"stopped: {_one_line(error)}", file=sys.stderr)
+        elif full_disk(error):
+            again = "free some space, and the same command goes on from the last save"
+            print(f"stopped: the disk is full ({detail}); {again}", file=sys.stderr)
+        elif hosts.lost(error):
+            again = "the same command, on all hosts, goes on from the last save"
+            print(f"stopped: another process of this run is gone ({detail}); {again}", file=sys.stderr)
+        elif hosts.count() > 1:
+            traceback.print_exc()
+        else:
             raise
-        print(
-            f"stopped: the disk is full ({_one_line(error)[:200]}); free some space, and the same command goes on "
-            "from the last save",
-            file=sys.stderr,
-        )
-        return 1
+        return hosts.leave(1)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,7 +1,8 @@
 """SD-Zero on Olmo-3-7B-Instruct with competition mathematics: the Qwen3 setting with the other family's model.
 
 Command:   python run.py configs/sdzero_olmo3_7b_math.py
-Before:    python run.py doctor configs/sdzero_olmo3_7b_math.py --topology v6e:4x4
+Before:    python run.py data prepare openr1_math_220k; python run.py data prepare math500;
+           python run.py doctor configs/sdzero_olmo3_7b_math.py --topology v6e:4x4
 Hardware:  16 accelerators; see the doctor for what fits which slice
 Expected:  not run yet. The paper (arXiv:2604.12002) has the figures that this setting is after
 """

@@ -3,7 +3,7 @@
 Command:   python run.py configs/sdzero_qwen3_4b_code.py
 Before:    python run.py data prepare codeforces_cots; python run.py data prepare livecodebench;
            python run.py doctor configs/sdzero_qwen3_4b_code.py --topology v6e:4x4
-Hardware:  16 accelerators, and bubblewrap on their hosts; see the doctor for what fits which slice
+Hardware:  16 accelerators, and bubblewrap and g++ on their hosts; see the doctor for what fits which slice
 Expected:  not run yet. The paper (arXiv:2604.12002) has the figures that this setting is after
 """
 

@@ -1,7 +1,8 @@
 """SD-Zero on Qwen3-4B-Instruct-2507 with competition mathematics, responses of up to 16,384 tokens.
 
 Command:   python run.py configs/sdzero_qwen3_4b_math.py
-Before:    python run.py doctor configs/sdzero_qwen3_4b_math.py --topology v6e:4x4
+Before:    python run.py data prepare openr1_math_220k; python run.py data prepare math500;
+           python run.py doctor configs/sdzero_qwen3_4b_math.py --topology v6e:4x4
 Hardware:  16 accelerators; see the doctor for what fits which slice
 Expected:  not run yet. The paper (arXiv:2604.12002) has the figures that this setting is after
 """
@@ -31,7 +32,9 @@ def get_config() -> Config:
         model=PRESETS["qwen3_4b_instruct_2507"](compute_dtype="bfloat16", remat="full"),
         mesh=mesh_preset(DEVICES),
         base=BaseConfig(pretrained="Qwen/Qwen3-4B-Instruct-2507", steps=0),
-        problems=ProblemsConfig(train="openr1_math_220k:train", test="math500:test", max_prompt_tokens=PROMPT),
+        problems=ProblemsConfig(
+            train="openr1_math_220k:train", test="math500:test", max_prompt_tokens=PROMPT, overlap="drop"
+        ),
         sampler=SamplerConfig(slots=DEVICES),
         collect=CollectConfig(questions=6000, revisions=3, sampling=sampling),
         srt=SrtConfig(

@@ -7,7 +7,8 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
-# --signal: two minutes before the end every task gets SIGTERM, saves and stops; requeued, the job goes on.
+# --signal: two minutes before the end every task gets SIGTERM, saves and stops; submit the same command again to go on.
+# --requeue: after a preemption or a lost node Slurm starts the job again, and it goes on.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?run me with sbatch}"
 srun --kill-on-bad-exit=1 .venv/bin/python run.py "$@"

@@ -6,7 +6,7 @@ and exits with status 2. Anything else that escapes is a fault of ours (status 1
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
@@ -19,11 +19,15 @@ class Fault(Exception):
 
 def full_disk(error: BaseException | None) -> bool:
     """Whether an error, or one that led to it, is a disk without space: libraries wrap it in errors of their own."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return any(getattr(e, "errno", None) in full or "No space left on device" in str(e) for e in causes(error))
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what led to it, and so on."""
     while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False
 
 
 class Stopped(Exception):

@@ -6,6 +6,7 @@ tasks, which grade themselves.
 
 import dataclasses
 import functools
+import shutil
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -34,12 +35,14 @@ class Graders:
         self._config = config
 
     def check(self, questions: Sequence[Question]) -> None:
-        """Refuses questions that cannot be graded here: of an unknown kind, or programs without a sandbox."""
+        """Refuses questions that cannot be graded here: of an unknown kind, programs without sandbox or compiler."""
         kinds = {question.kind for question in questions}
         if unknown := sorted(kinds - {"math", "code", "countdown"}):
             raise UserError(f"no verifier for questions of kind {unknown[0]!r}; there are math, code, countdown")
         if "code" in kinds:
             get_sandbox(self._config.code.python, self._config.code.unsafe_without_sandbox)
+            if any(q.metadata.get("language") == "cpp" for q in questions) and not shutil.which("g++"):
+                raise UserError("some questions ask for C++ programs, which need a compiler here: install g++")
 
     def verify(self, questions: Sequence[Question], responses: Sequence[str]) -> list[Verdict]:
         """A Verdict per response, in order."""

@@ -10,11 +10,12 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
-from sdzero_jax.errors import UserError
+from sdzero_jax.errors import UserError, causes
 
 T = TypeVar("T")
 
@@ -52,14 +53,30 @@ def initialize(config: HostsConfig) -> None:
     found += ["Cloud TPU"] if _on_tpu() else []
     if not (any(given) or found) or jax.distributed.is_initialized():
         return
-    where = {}
+    where: dict[str, Any] = {}
+    if gpus := _gpus_of_the_only_process(os.environ):
+        where["local_device_ids"] = gpus
     if all(given):
-        where = {"coordinator_address": config.coordinator, "num_processes": config.count, "process_id": config.index}
+        where |= {"coordinator_address": config.coordinator, "num_processes": config.count, "process_id": config.index}
     try:
         jax.distributed.initialize(**where)
     except (RuntimeError, ValueError) as error:
         asked = f"hosts.coordinator={config.coordinator}" if all(given) else found[0]
         raise UserError(f"the processes of this run ({asked}) did not find each other: {error}") from None
+
+
+def _gpus_of_the_only_process(environ: Mapping[str, str]) -> list[int]:
+    """All GPUs of this host where Slurm or Open MPI started one process on it, else none.
+
+    jax takes it that these start a process per GPU, and would give the only one the first GPU alone.
+    """
+    of_slurm = re.fullmatch(r"1(\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    if not (of_slurm or environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1") or "JAX_LOCAL_DEVICE_IDS" in environ:
+        return []
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return list(range(len(list(pathlib.Path("/dev").glob("nvidia[0-9]*")))))
+    return list(range(len([name for name in visible.split(",") if name])))
 
 
 def _place() -> tuple[int, int]:
@@ -131,6 +148,31 @@ def barrier(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+# What gloo, jax's coordination service and NCCL say of a process that is not there any more.
+_LOST = ("closed by peer", "reset by peer", "heartbeat", "remote process")
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error of jax says that another process of the run is gone."""
+    if count() == 1:
+        return False
+    import jax
+
+    return any(isinstance(e, jax.errors.JaxRuntimeError) and any(s in str(e) for s in _LOST) for e in causes(error))
+
+
+def leave(status: int) -> int:
+    """The exit status; with several processes this one ends here, as the others would wait for it in vain.
+
+    Ending as usual waits for all processes to do so, and those may be waiting for what this one sends.
+    """
+    if count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def show(text: str) -> None:

@@ -55,6 +55,22 @@ def test_incomplete_settings_are_refused(config, message):
         hosts.initialize(config)
 
 
+@pytest.mark.parametrize(
+    "environ, gpus",
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, [0, 1, 2, 3]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": "GPU-5a,GPU-7b"}, [0, 1]),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "CUDA_VISIBLE_DEVICES": "2,3"}, [0, 1]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, []),  # one each, as jax does it
+        ({"SLURM_STEP_TASKS_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": "0,1", "JAX_LOCAL_DEVICE_IDS": "1"}, []),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": ""}, []),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, []),
+    ],
+)
+def test_the_only_process_of_a_host_takes_all_its_gpus(environ, gpus):
+    assert hosts._gpus_of_the_only_process(environ) == gpus
+
+
 # ---------------------------------------------------------------------------------------- whole runs
 
 
@@ -122,16 +138,30 @@ def test_two_processes_compute_what_one_does(two, tmp_path):
     assert "Error" not in (two / "log1").read_text()
 
 
+def until(text, directory, process):
+    """Waits for the first process to write this, or to end."""
+    while text not in (directory / "log0").read_text() and process.poll() is None:
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(two, tmp_path):
+def test_a_signal_or_a_kill_to_one_process_stops_both_and_the_run_goes_on(two, tmp_path):
     shutil.copytree(two / "cache", tmp_path / "cache")  # base and compiled programs: neither is what this is about
     first, second = start(tmp_path, 2)
-    while "srt joint" not in (tmp_path / "log0").read_text() and first.poll() is None:
-        time.sleep(0.1)
+    until("srt joint", tmp_path, first)
     second.send_signal(signal.SIGTERM)
     assert [first.wait(), second.wait()] == [143, 143], (tmp_path / "log0").read_text()[-3000:]
     last = [(tmp_path / f"log{index}").read_text().splitlines()[-1] for index in range(2)]
     assert last[0] == last[1] and "saved at step" in last[0], last
+
+    first, second = start(tmp_path, 2)
+    until("== distill", tmp_path, first)
+    second.kill()
+    assert first.wait() == 1 and second.wait() == -signal.SIGKILL
+    log = (tmp_path / "log0").read_text()
+    assert log.splitlines()[-1].startswith("stopped: another process of this run is gone"), log[-3000:]
+    assert "Traceback" not in log
+
     lines, params = outcome(finish(tmp_path, 2))
     wanted_lines, wanted_params = outcome(two)
     assert lines == wanted_lines

@@ -98,11 +98,32 @@ def test_code_is_refused_where_there_is_no_sandbox(monkeypatch):
         Graders(GradersConfig()).check([Question("c", "Sort", (), "code", {"tests": {}})])
 
 
-def test_each_kind_goes_to_its_verifier_and_verdicts_come_back_in_order():
+def test_c_plus_plus_needs_a_compiler(monkeypatch):
+    import shutil
+
+    from sdzero_jax import graders
+
+    found = shutil.which
+    monkeypatch.setattr(graders, "get_sandbox", lambda *_: None)
+    question = Question("c", "Sort", (), "code", {"tests": {}, "language": "cpp"})
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++" if name == "g++" else found(name))
+    Graders(GradersConfig()).check([question])
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "g++" else found(name))
+    with pytest.raises(UserError, match=r"install g\+\+"):
+        Graders(GradersConfig()).check([question])
+    Graders(GradersConfig()).check([Question("p", "Sort", (), "code", {"tests": {}, "language": "python"})])
+
+
+@pytest.fixture
+def judge():
+    """Skips where programs cannot be judged."""
     try:
         get_sandbox("", False)
     except UserError as error:
         pytest.skip(str(error))
+
+
+def test_each_kind_goes_to_its_verifier_and_verdicts_come_back_in_order(judge):
     row = {"task_id": 11, "text": "Double it", "code": "", "test_list": ["assert double(4) == 8"]}
     code = code_rows.mbpp(row, "mbpp")
     math = Question("m", "Half of 1?", ("\\frac{1}{2}",), "math")
@@ -149,7 +170,7 @@ def test_a_demonstration_ends_with_the_gold_answer_in_a_box():
 
 
 @pytest.mark.parametrize("name", ["mbpp", "humaneval"])
-def test_a_demonstration_of_a_programming_problem_passes_its_tests(name, tmp_path):
+def test_a_demonstration_of_a_programming_problem_passes_its_tests(name, tmp_path, judge):
     prepare_set(name, data_dir=tmp_path, source_dir=ROOT / "tests/data/questions")
     questions = list(load_questions(QuestionsConfig(f"{name}:test", str(tmp_path))))[:10]
     graders = Graders(ONE_WORKER)

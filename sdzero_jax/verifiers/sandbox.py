@@ -194,7 +194,7 @@ def get_sandbox(python: str = "", unsafe: bool = False) -> Sandbox:
     if not unsafe:
         raise UserError(
             f"judging programs needs bubblewrap, which does not work here: {INSTALL}, "
-            "or set unsafe_without_sandbox=true to run them with limits only"
+            "or set problems.graders.code.unsafe_without_sandbox=true to run them with limits only"
         )
     if not shutil.which("prlimit") or (os.geteuid() == 0 and not shutil.which("setpriv")):
         raise UserError("judging programs needs prlimit and setpriv of util-linux: install util-linux")
