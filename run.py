@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         return dispatch(argv)
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        return hosts.leave(2)
     except HealthStop as stop:
         print(f"stopped: {_one_line(stop)}", file=sys.stderr)
         return 1
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         return 128 + stop.signum
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last save", file=sys.stderr)
-        return 130
+        return hosts.leave(130)
     except Exception as error:
         detail = _one_line(error)[:200]
         if isinstance(error, Fault):
@@ -200,7 +200,7 @@ def run_stages(arguments) -> int:
     from sdzero_jax import hosts, pipeline, runs, signals
 
     hosts.initialize(config.hosts)
-    signals.install()
+    signals.install()  # after it: jax takes SIGTERM for itself
     with runs.open_run(config, arguments.stage, arguments.fork) as run:
         if arguments.stage:
             pipeline.run_stage(run, arguments.stage)
@@ -215,11 +215,11 @@ def run_stages(arguments) -> int:
 def compare_methods(arguments) -> int:
     from sdzero_jax import compare, hosts, signals
 
-    signals.install()
     comparison = asked = compare.load_comparison(arguments.config, arguments.overrides)
     if arguments.tune:
         comparison = compare.tuning(asked)
     hosts.initialize(comparison.config.hosts)
+    signals.install()  # after it: jax takes SIGTERM for itself
     summary = compare.compare(comparison)
     hosts.show(compare.table(summary))
     if arguments.tune:
@@ -233,9 +233,7 @@ def write_reports(arguments) -> int:
     from sdzero_jax.analysis import write_report
 
     for run in arguments.runs:
-        folder = stores.local(run)
-        print(write_report(folder))
-        stores.push(folder)
+        print(write_report(stores.local(run)))  # of a run on a store: in its mirror here, the store stays as it is
     return 0
 
 

@@ -30,10 +30,6 @@ class CheckpointConfig:
     keep_best: Annotated[int, "best checkpoints kept, by validation accuracy"] = 1
 
 
-class _Changed(Exception):
-    """A checkpoint that can be read, but not with the bytes that were written."""
-
-
 class Checkpointer:
     """Saves and restores (state, iterator state, metadata) under `directory`/STEP."""
 
@@ -73,11 +69,12 @@ class Checkpointer:
     def restore(self, abstract_state) -> tuple[int, Any, dict, dict] | None:
         """The newest whole checkpoint as (step, state, iterator, metadata); None when there is none.
 
-        A checkpoint that cannot be read or whose arrays changed since they were written is set
+        A checkpoint whose files do not parse or whose arrays changed since they were written is set
         aside (renamed to STEP.damaged; on an object store removed) with a line that says so, and the one
-        before is taken.
+        before is taken. Fault when the disk or the store cannot be read: nothing is wrong with the checkpoint then.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
+            restored, reason = None, None
             try:
                 restored = self._manager.restore(
                     step,
@@ -85,19 +82,26 @@ class Checkpointer:
                         state=ocp.args.StandardRestore(abstract_state), record=ocp.args.JsonRestore()
                     ),
                 )
-                record = restored["record"]
-                if fingerprint(restored["state"]) != record["fingerprint"]:
-                    raise _Changed("its arrays are not those that were saved")
-                return step, restored["state"], record["iterator"], record["metadata"]
-            except Exception as error:  # any unreadable checkpoint: go back to the one before
+            except (MemoryError, jax.errors.JaxRuntimeError):  # of the devices, or of a process that is gone
+                raise
+            except Exception as error:
                 lines = str(error).strip().splitlines()
                 reason = lines[0][:200] if lines else type(error).__name__
-                if stores.is_url(self._directory) and not isinstance(error, _Changed):
-                    raise Fault(  # it may be the store: a checkpoint there could only be removed, not renamed
+                # On a store it may be the store, and a checkpoint there could only be removed, not renamed.
+                unread = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+                if unread or stores.is_url(self._directory):
+                    raise Fault(
                         f"checkpoint {self._directory / str(step)} cannot be read ({reason}); try again, or remove it "
                         "to go on from the one before"
                     ) from error
-                self._set_aside(step, reason)
+            # All hosts take the same checkpoint: one that a single host cannot read is nobody's.
+            reason = next(filter(None, hosts.gather(reason)), None)
+            if reason is None:
+                record = restored["record"]
+                if fingerprint(restored["state"]) == record["fingerprint"]:
+                    return step, restored["state"], record["iterator"], record["metadata"]
+                reason = "its arrays are not those that were saved"
+            self._set_aside(step, reason)
         return None
 
     def latest_step(self) -> int | None:

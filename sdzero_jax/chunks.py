@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from sdzero_jax import hosts, signals, stores
 from sdzero_jax.errors import Stopped
-from sdzero_jax.files import append_jsonl, read_jsonl_repaired
+from sdzero_jax.files import append_jsonl, jsonl, read_jsonl_repaired, write_bytes_atomic
 from sdzero_jax.progress import Progress, say
 
 T = TypeVar("T")
@@ -36,10 +36,7 @@ class ChunkLog:
         whole = lines[: ends[-1] + 1] if ends else []
         if cut or len(whole) < len(lines):
             say(f"{self._path}: the last chunk was half written; it is made again")
-            temporary = self._path.with_suffix(".tmp")
-            temporary.unlink(missing_ok=True)
-            append_jsonl(temporary, whole)
-            temporary.replace(self._path)
+            write_bytes_atomic(self._path, jsonl(whole))
         return [line for line in whole if "closes" not in line], [line for line in whole if "closes" in line]
 
     @property

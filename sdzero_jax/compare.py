@@ -5,6 +5,7 @@ is computed once, a changed setting re-runs what it touches, and a killed compar
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -108,11 +109,11 @@ def check_comparison(comparison: Comparison) -> None:
     for name, entry in comparison.entries.items():
         if entry.stage not in stages:
             raise UserError(f"entry {name}: unknown stage {entry.stage!r}{nearest(entry.stage, stages)}")
-        config = _config(comparison, entry, comparison.seeds[0])
-        if entry.fill:
-            config = override(config, [f"train.budget={comparison.budget}"])
-        validate(config)
-        check_fit(Run(config, comparison.folder / "stages"), entry.stage)
+        budget = [f"train.budget={comparison.budget}"] if entry.fill else []
+        configs = [override(_config(comparison, entry, seed), budget) for seed in comparison.seeds]
+        for config in configs:
+            validate(config)
+        check_fit(Run(configs[0], comparison.folder / "stages"), entry.stage)
 
 
 def tuning(comparison: Comparison) -> Comparison:
@@ -136,10 +137,16 @@ def tuning(comparison: Comparison) -> Comparison:
 
 
 def tuned(comparison: Comparison, summary: Mapping[str, Any]) -> str:
-    """What `tuning` found: the best point of each entry's grid, by mean accuracy, and all that was tried."""
+    """What `tuning` found: the best point of each entry's grid, by mean accuracy, and all that was tried.
+
+    A point that was stopped on any seed counts as the worst.
+    """
     metric, lines = f"avg@{summary['k']}", []
     for name, entry in comparison.entries.items():
-        tried = [summary["methods"][f"{name}/{i}"]["mean"].get(metric, float("-inf")) for i in range(len(entry.grid))]
+        tried = []
+        for method in (summary["methods"][f"{name}/{number}"] for number in range(len(entry.grid))):
+            stopped = any("stopped" in run for run in method["seeds"].values())
+            tried.append(float("-inf") if stopped else method["mean"][metric])
         if tried:
             best = int(np.argmax(tried))
             shown = ", ".join(f"{value:.3f}" for value in tried)
@@ -171,6 +178,14 @@ def run_entry(comparison: Comparison, entry: Entry, seed: int) -> dict[str, Any]
     """One method on one seed: its metrics, ledger, seconds; "stopped" says why a health gate ended it."""
     shared = comparison.folder / "stages"
     config = _config(comparison, entry, seed)
+    try:
+        return _run_entry(comparison, entry, config, shared)
+    except HealthStop as stop:
+        say(f"{entry.label}, seed {seed}: {stop}")
+        return {"stopped": str(stop)}
+
+
+def _run_entry(comparison: Comparison, entry: Entry, config: Config, shared: pathlib.Path) -> dict[str, Any]:
     with Run(config, shared) as run:
         for stage in run.chain(entry.stage)[:-1]:
             run_stage(run, stage)
@@ -182,13 +197,9 @@ def run_entry(comparison: Comparison, entry: Entry, seed: int) -> dict[str, Any]
                 f"{entry.label}: {before.sampled_tokens} tokens are sampled before its last stage, of a budget of "
                 f"{comparison.budget}; raise budget, or lower collect.questions"
             )
-        config = override(config, [f"train.budget={left}"])
+        config = override(config, [f"train.budget={max(left // config.train.rounds, 1)}"])  # it is a round's
     with Run(config, shared) as run:
-        try:
-            run_stage(run, entry.stage)
-        except HealthStop as stop:
-            say(f"{entry.label}, seed {seed}: {stop}")
-            return {"stopped": str(stop)}
+        run_stage(run, entry.stage)
         chain = run.chain(entry.stage)
         ledger = spent(run, chain)
         seconds = sum(run.need(stage)["seconds"] for stage in chain if stage != "base")
@@ -230,7 +241,9 @@ def summarise(comparison: Comparison, results: Mapping[str, Mapping[str, Any]]) 
             "mean": _means([r["metrics"] for r in runs.values()]),
             "interval": statistics.t_interval([r["metrics"][f"avg@{k}"] for r in runs.values()]),
             "ledger": _means([r["ledger"] for r in runs.values()]),
-            "difference": _difference(results[name], results[reference], f"avg@{k}"),
+            "difference": _difference(
+                results[name], results[reference], f"avg@{k}", same_questions=bool(comparison.config.problems.train)
+            ),
         }
     return {
         "name": comparison.name,
@@ -251,15 +264,22 @@ def _means(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: float(np.mean([r[name] for r in records])) for name in numeric}
 
 
-def _difference(own: Mapping[str, Any], other: Mapping[str, Any], metric: str) -> dict[str, Any] | None:
-    """own - other by seed: mean, t-interval over seeds, and the bootstrap interval over all seeds' questions."""
+def _difference(
+    own: Mapping[str, Any], other: Mapping[str, Any], metric: str, same_questions: bool
+) -> dict[str, Any] | None:
+    """own - other by seed: mean, t-interval over seeds, and the bootstrap interval over questions.
+
+    The latter are those of all seeds, whose worlds differ; real questions are the same for every seed (and
+    `same_questions` true), and count once each, with their mean over seeds.
+    """
     seeds = [seed for seed in own if "metrics" in own[seed] and "metrics" in other.get(seed, {})]
     if not seeds:
         return None
     pairs = [(own[seed]["metrics"], other[seed]["metrics"]) for seed in seeds]
     values = [a[metric] - b[metric] for a, b in pairs]
-    questions = [np.array(list(_per_question(m).values())) for pair in pairs for m in pair]
-    by_question = statistics.paired_difference(np.concatenate(questions[::2]), np.concatenate(questions[1::2]))
+    sides = [[np.array(list(_per_question(metrics).values())) for metrics in side] for side in zip(*pairs)]
+    together = functools.partial(np.mean, axis=0) if same_questions else np.concatenate
+    by_question = statistics.paired_difference(*(together(side) for side in sides))
     return {
         "mean": float(np.mean(values)),
         "seeds": dict(zip(seeds, values)),

@@ -168,8 +168,8 @@ def evaluation_metrics(records: Sequence[Mapping[str, Any]], k: int) -> dict[str
 
 
 def _majority(graded: Sequence[Mapping[str, Any]]) -> float | None:
-    """Share of questions whose most frequent answer is right; None where answers are not recorded."""
-    if not graded or "answer" not in graded[0]:
+    """Share of questions whose most frequent answer is right; None where no response states any, as programs."""
+    if not any(record.get("answer") is not None for record in graded):
         return None
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for record in graded:

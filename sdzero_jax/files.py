@@ -54,12 +54,17 @@ def read_json(path: str | os.PathLike) -> Any:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
+def jsonl(records: Iterable[Mapping[str, Any]]) -> bytes:
+    """One line of JSON per record."""
+    return "".join(json.dumps(record, sort_keys=True) + "\n" for record in records).encode("ascii")
+
+
 def append_jsonl(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
     """Appends one JSON line per record in one write, then flushes and fsyncs.
 
     The file must end with a whole line: call `read_jsonl_repaired` once before the first append.
     """
-    data = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records).encode("ascii")
+    data = jsonl(records)
     if not data or not hosts.is_first():
         return
     path = Path(path)

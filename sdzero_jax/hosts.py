@@ -12,10 +12,11 @@ import os
 import pathlib
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
-from sdzero_jax.errors import UserError, causes
+from sdzero_jax.errors import Fault, UserError, causes
 
 T = TypeVar("T")
 
@@ -126,7 +127,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_first(read: Callable[[], T]) -> T:
-    """What `read` returns on the first host, a JSON value, on all of them; its UserError too."""
+    """What `read` returns on the first host, a JSON value, on all of them; its errors too."""
     if count() == 1:
         return read()
     outcome = {}
@@ -134,11 +135,11 @@ def from_first(read: Callable[[], T]) -> T:
         try:
             outcome = {"value": read()}
         except Exception as error:  # the others wait for an answer
-            gather({"error": str(error)})
+            gather({"error": str(error), "of_user": isinstance(error, UserError)})
             raise
     outcome = gather(outcome)[0]
     if "error" in outcome:
-        raise UserError(outcome["error"])
+        raise (UserError if outcome["of_user"] else Fault)(outcome["error"])
     return outcome["value"]
 
 
@@ -166,9 +167,11 @@ def lost(error: BaseException) -> bool:
 def leave(status: int) -> int:
     """The exit status; with several processes this one ends here, as the others would wait for it in vain.
 
-    Ending as usual waits for all processes to do so, and those may be waiting for what this one sends.
+    Ending as usual waits for all processes to do so, and those may be waiting for what this one sends. Not at
+    once: they may be about to say the same, and end when the first process does.
     """
     if count() > 1:
+        time.sleep(1.0)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

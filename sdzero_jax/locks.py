@@ -1,6 +1,6 @@
 """One run at a time in a directory; the operating system frees the lock of a dead process.
 
-Of a run on several hosts the first one holds it.
+Of a run on several hosts the first one holds it; all of them are refused when it cannot.
 """
 
 import contextlib
@@ -17,18 +17,24 @@ except ImportError:  # not a POSIX system: run without the lock
 
 
 @contextlib.contextmanager
-def exclusive(directory: pathlib.Path) -> Iterator[None]:
-    """Holds `directory`/.lock; UserError when another process holds it."""
-    if not hosts.is_first():
+def exclusive(directory: pathlib.Path, name: str = "") -> Iterator[None]:
+    """Holds `directory`/.lock; UserError, which calls it `name`, when another process does or it cannot be made."""
+    with contextlib.ExitStack() as held:
+        hosts.from_first(lambda: _hold(directory, name or str(directory), held))
         yield
+
+
+def _hold(directory: pathlib.Path, name: str, held: contextlib.ExitStack) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = held.enter_context(open(directory / ".lock", "w"))  # noqa: SIM115 - `held` closes it
+    except OSError as error:
+        raise UserError(f"{name}: cannot be written ({error.strerror}); set another run_dir=") from None
+    if fcntl is None:
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "w") as handle:
-        if fcntl is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another process is running in {directory}; wait for it, or give this run a run_dir= of its own"
-                ) from None
-        yield
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"another process is running in {name}; wait for it, or give this run a run_dir= of its own"
+        ) from None

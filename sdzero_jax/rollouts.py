@@ -307,8 +307,6 @@ class RolloutIterator:
         n: int = 1,
         prefetch: bool = False,
     ):
-        if prefetch and hosts.count() > 1:
-            raise UserError("prefetch=true samples in a thread, which several hosts cannot do in step; set it to false")
         self._questions, self._domain, self._sampler, self._config = questions, domain, sampler, config
         self._label, self._seed, self._n = label, seed, n
         self._drawn = 0  # batches whose questions have been drawn

@@ -7,6 +7,7 @@ model lies in a cache that runs share. What stages do is in `pipeline`.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import shutil
@@ -55,13 +56,17 @@ class Run:
     def __enter__(self) -> "Run":
         if not self.shared:
             self.lock(self.directory)
-            write_json_atomic(self.directory / "config.json", json.loads(json.dumps(dataclasses.asdict(self.config))))
+            write_json_atomic(self.directory / "config.json", self.record())
             stores.push(self.directory)
         _cache_programs(self.config.base.cache_dir)
         return self
 
     def __exit__(self, *exception) -> None:
         self._locks.close()
+
+    def record(self) -> dict[str, Any]:
+        """The config as a run directory keeps it."""
+        return json.loads(json.dumps(dataclasses.asdict(self.config)))
 
     def lock(self, directory: pathlib.Path) -> None:
         """Keeps other processes out of a directory until this one ends, however it ends."""
@@ -164,10 +169,16 @@ class Run:
         own = {
             "collect": (config.collect, config.phrases),
             "srt": (config.srt,),
-            "distill": (config.distill, config.health),
-            "train": (config.train, config.health, config.phrases),
+            # How validation and the gates sample.
+            "distill": (config.distill, config.health, config.evaluate.sampling),
+            "train": (config.train, config.health, config.phrases, config.evaluate.sampling),
             "evaluate": (config.evaluate,),
-            "localise": (config.localisation, config.distill.layout, config.distill.sampling),
+            "localise": (
+                config.localisation,
+                config.distill.layout,
+                config.distill.sampling,
+                config.distill.objective.divergence,
+            ),
         }
         return settings.digest(self.key(self.before(stage)), *own[stage], config.sampler)
 
@@ -269,24 +280,28 @@ def check_fit(run: Run, stage: str | None = None) -> None:
                 f"{name}.sampling.max_new_tokens={new} needs contexts of {longest} tokens, "
                 f"but model.max_position={model.config.max_position}; lower the former or raise the latter"
             )
-    for name in ("distill", *(["train"] if stage == "train" else [])):
+    loops = ("distill", *(["train"] if stage == "train" else []))
+    for name in loops:
         layout = getattr(config, name).layout
         if layout.max_prompt < problems.max_prompt_tokens:
             raise UserError(
                 f"{name}.layout.max_prompt={layout.max_prompt}, but prompts of {problems.name} have up to "
                 f"{problems.max_prompt_tokens} tokens; raise the former"
             )
+    if hosts.count() > 1 and (ahead := [name for name in loops if getattr(config, name).prefetch]):
+        raise UserError(f"{ahead[0]}.prefetch=true samples in a thread, which several hosts cannot do in step")
     parts = sharding.batch_devices(run.mesh)
     sizes = {"srt.batch_size": config.srt.batch_size, "distill.batch_size": config.distill.batch_size}
     if stage == "train":
         sizes |= {"train.batch_size": config.train.batch_size, "train.replay.pairs": config.train.replay.pairs}
     if config.problems.train:
         sizes["base.batch_size"] = config.base.batch_size
-        asked = {"train": max(config.collect.questions, config.distill.questions)}
-        asked["validation"] = max(config.distill.validation_questions, config.health.questions)
-        asked[config.evaluate.split] = max(asked.get(config.evaluate.split, 0), config.evaluate.questions)
-        for split, count in asked.items():
-            problems.questions(split, count)
+        for name, split in _asked(config, stage).items():
+            section, _, field = name.partition(".")
+            try:
+                problems.questions(split, getattr(getattr(config, section), field))
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
     else:
         shapes = run.task.corpus_shapes().items()
         sizes |= {f"the corpus batch of {kind} attempts": shape.batch for kind, shape in shapes}
@@ -298,15 +313,33 @@ def check_fit(run: Run, stage: str | None = None) -> None:
             )
 
 
+def _asked(config: Config, stage: str | None) -> dict[str, str]:
+    """Setting that says how many questions -> the split that it takes them from."""
+    asked = {
+        "collect.questions": "train",
+        "health.questions": "validation",
+        "evaluate.questions": config.evaluate.split,
+    }
+    loops = ("train",) if stage == "train" else ("distill",)
+    asked |= {f"{loop}.questions": "train" for loop in loops}
+    asked |= {f"{loop}.validation_questions": "validation" for loop in loops}
+    return asked if stage == "train" else asked | {"localisation.questions": "validation"}
+
+
 def _fork(config: Config, directory: pathlib.Path) -> Config:
     """Copies the finished stages whose hash is unchanged to a new run directory."""
     return dataclasses.replace(config, run_dir=hosts.from_first(lambda: _copy_unchanged(config, directory)))
 
 
 def _copy_unchanged(config: Config, directory: pathlib.Path) -> str:
-    number = 1
-    while (target := directory.with_name(f"{directory.name}-fork{number}")).exists():
-        number += 1
+    for number in itertools.count(1):
+        target = directory.with_name(f"{directory.name}-fork{number}")
+        if not target.exists():
+            break
+        before = target / "config.json"
+        if before.exists() and not settings.differences(read_json(before), dataclasses.asdict(config), ignore=PLACES):
+            say(f"fork: going on in {target}")  # so that the same command goes on here too
+            return str(target)
     run = Run(dataclasses.replace(config, run_dir=str(target)))
     reused = []
     temporary = target.with_name(f"{target.name}.tmp")
@@ -317,6 +350,7 @@ def _copy_unchanged(config: Config, directory: pathlib.Path) -> str:
         if done.exists() and read_json(done)["key"] == run.key(stage):
             shutil.copytree(directory / stage, temporary / stage)
             reused.append(stage)
+    write_json_atomic(temporary / "config.json", run.record())
     temporary.rename(target)
     say(f"fork: {target} goes on from {', '.join(reused) or 'the start'}")
     return str(target)

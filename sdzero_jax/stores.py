@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from sdzero_jax import hosts
 from sdzero_jax.errors import Fault, UserError
+from sdzero_jax.locks import exclusive
 from sdzero_jax.progress import say
 
 T = TypeVar("T")
@@ -29,6 +30,7 @@ MIRRORS = pathlib.Path("runs/.mirrors")
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each repeated call
 
 _mirrors: dict[pathlib.Path, "Mirror"] = {}  # of this process, by local folder
+_held = contextlib.ExitStack()  # their locks
 
 
 def is_url(place: str | os.PathLike) -> bool:
@@ -38,7 +40,8 @@ def is_url(place: str | os.PathLike) -> bool:
 def local(place: str | os.PathLike) -> pathlib.Path:
     """The folder to work in: the place itself, or the mirror of an object store's, filled with what is there.
 
-    UserError when the kind of store is unknown or its package is missing, Fault when it does not answer.
+    A mirror belongs to one process, until that ends. UserError when another one has it, when the kind of store
+    is unknown or its package is missing, Fault when the store does not answer.
     """
     if not is_url(place):
         return pathlib.Path(place)
@@ -49,9 +52,10 @@ def local(place: str | os.PathLike) -> pathlib.Path:
     # One flat name each: no mirror lies in another.
     folder = (MIRRORS / f"{path.replace('/', '-')}-{_digest(url.encode())[:8]}").absolute()
     if folder not in _mirrors:
-        _mirrors[folder] = Mirror(url, folder)
-        if hosts.is_first():
-            _mirrors[folder].pull()
+        mirror = Mirror(url, folder)
+        _held.enter_context(exclusive(folder.with_name(f"{folder.name}.lock"), url))
+        hosts.from_first(mirror.pull)
+        _mirrors[folder] = mirror
     return folder
 
 

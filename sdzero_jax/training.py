@@ -235,7 +235,7 @@ def on_policy_source(run: Run, stage: str, config: DistillConfig, method: Method
         teacher=method.uses("self_distillation"),
         advantage=advantage,
         replay=config.replay if replays else None,
-        remembered=collected_attempts(run) if replays and run.result("collect") else (),
+        remembered=collected_attempts(run) if replays and "collect" in run.chain(stage) else (),
         updates=config.updates, budget=config.budget, seed=run.config.seed,
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sdzero_jax.checkpoint import CheckpointConfig, Checkpointer, abstract_like, fingerprint, load_params, save_params
-from sdzero_jax.errors import UserError
+from sdzero_jax.errors import Fault, UserError
 
 
 def state(seed=0):
@@ -77,6 +77,28 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, how, cap
     checkpointer.save(2, state(2), {}, {})
     checkpointer.wait()
     assert checkpointer.latest_step() == 2
+
+
+@pytest.mark.parametrize(
+    "error, raised",
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), jax.errors.JaxRuntimeError),
+        (MemoryError(), MemoryError),
+        (OSError(24, "Too many open files"), Fault),
+    ],
+)
+def test_what_is_no_fault_of_the_checkpoint_leaves_it_alone(tmp_path, error, raised, monkeypatch):
+    saved(tmp_path, [1, 2]).close()
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig())
+
+    def fails(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(raised):
+        patch.setattr(checkpointer._manager, "restore", fails)
+        checkpointer.restore(abstract_like(state()))
+    assert not list(tmp_path.glob("*.damaged"))
+    assert checkpointer.restore(abstract_like(state()))[0] == 2
 
 
 def test_an_unfinished_save_is_not_seen(tmp_path):

@@ -38,3 +38,14 @@ def test_a_missing_last_newline_loses_nothing(tmp_path, capsys):
     assert again.done == 1 and capsys.readouterr().err == ""
     again.append([{"x": 2}], {"tokens": 1})
     assert ChunkLog(path).records == [{"x": 1}, {"x": 2}]
+
+
+def test_a_cut_in_the_very_first_chunk_leaves_an_empty_file(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    ChunkLog(path).append([{"x": 1}, {"x": 2}], {"tokens": 5})
+    path.write_bytes(path.read_bytes()[:-3])
+    again = ChunkLog(path)
+    assert again.done == 0 and again.records == []
+    assert "half written" in capsys.readouterr().err and path.read_bytes() == b""
+    again.append([{"x": 1}], {"tokens": 1})
+    assert ChunkLog(path).records == [{"x": 1}]

@@ -136,6 +136,42 @@ def test_another_process_in_the_run_directory_is_refused(capsys, tmp_path):
     assert "another process is running" in capsys.readouterr().err
 
 
+def test_a_directory_that_cannot_be_made_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert run.main(["base", "run_dir=file/run"]) == 2
+    assert "file/run: cannot be written (Not a directory)" in capsys.readouterr().err
+
+
+def test_the_same_fork_goes_on_and_another_one_is_new(tmp_path):
+    from sdzero_jax import runs
+    from sdzero_jax.config import load_config, override
+
+    config = override(load_config("configs/demo.py"), [f"run_dir={tmp_path / 'run'}"])
+    with runs.open_run(config):
+        pass
+    for seed, place in ((1, "run-fork1"), (1, "run-fork1"), (2, "run-fork2"), (1, "run-fork1")):
+        forked = runs.open_run(override(config, [f"seed={seed}"]), fork=True)
+        assert forked.directory == tmp_path / place
+
+
+def test_what_a_stage_depends_on_changes_its_hash():
+    from sdzero_jax import runs
+    from sdzero_jax.config import load_config, override
+
+    config = load_config("configs/demo.py")
+    keys = lambda *settings: {stage: runs.Run(override(config, settings)).key(stage) for stage in runs.BEFORE}  # noqa: E731
+    plain = keys()
+
+    def changed(setting):
+        other = keys(setting)
+        return {stage for stage in plain if plain[stage] != other[stage]}
+
+    assert changed("distill.objective.divergence=jsd(0.5)") == {"distill", "evaluate", "localise"}
+    assert changed("evaluate.sampling.temperature=0.5") == {"distill", "evaluate", "train"}
+    assert changed("base.cache_dir=elsewhere") == set()
+    assert changed("srt.epochs=3") == {"srt", "distill", "evaluate", "localise"}
+
+
 def test_doctor_shows_devices_and_memory(capsys):
     assert run.main(["doctor"]) == 0
     text = capsys.readouterr().out

@@ -14,7 +14,7 @@ import pytest
 
 from sdzero_jax import compare, settings
 from sdzero_jax.compare import Entry
-from sdzero_jax.errors import UserError
+from sdzero_jax.errors import HealthStop, UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAPER = str(ROOT / "configs" / "compare_paper.py")
@@ -116,6 +116,39 @@ def test_differences_are_paired_by_seed_and_intervals_are_those_of_student(tmp_p
     assert "+0.250 [+0.250, +0.250]" in text and "x 1.02" in text
 
 
+def test_real_questions_count_once_however_many_seeds_answered_them(tmp_path):
+    asked = dataclasses.replace(
+        comparison(), entries={"a": Entry("A"), "b": Entry("B")}, seeds=(1, 2, 3, 4), reference="a", budget=100
+    )
+    rewards = {"a": [0.0, 1.0, 0.0, 1.0, 0.0, 0.0], "b": [1.0, 1.0, 0.0, 1.0, 0.0, 1.0]}
+    results = {
+        name: {str(seed): result(tmp_path, f"{name}{seed}", values, 100) for seed in asked.seeds}
+        for name, values in rewards.items()
+    }
+
+    def width(problems):
+        config = dataclasses.replace(asked.config, problems=problems)
+        summary = compare.summarise(dataclasses.replace(asked, config=config), results)
+        low, high = summary["methods"]["b"]["difference"]["question_interval"]
+        return high - low
+
+    worlds, real = width(asked.config.problems), width(dataclasses.replace(asked.config.problems, train="x", test="y"))
+    # The same six answers four times: as 24 questions the interval would be half as wide.
+    assert 1.6 < real / worlds < 2.6
+
+
+def test_a_gate_in_an_early_stage_ends_that_method_alone(tmp_path, monkeypatch):
+    asked = dataclasses.replace(
+        comparison(f"directory={tmp_path}", f"base.cache_dir={tmp_path}"), entries={"a": Entry("A", "srt")}, seeds=(1,)
+    )
+
+    def stops(run, stage):
+        raise HealthStop(f"{stage} collapsed")
+
+    monkeypatch.setattr(compare, "run_stage", stops)
+    assert compare.run_entry(asked, asked.entries["a"], 1) == {"stopped": "base collapsed"}
+
+
 def test_tuning_tries_every_grid_on_validation_questions():
     asked = comparison()
     grids = {"a": Entry("A", grid=(("train.epochs=1",), ("train.epochs=2",))), "b": Entry("B")}
@@ -124,8 +157,10 @@ def test_tuning_tries_every_grid_on_validation_questions():
     assert list(tried.entries) == ["a/0", "a/1"] and tried.seeds == (7, 8)
     assert tried.config.evaluate.split == "validation" and asked.config.evaluate.split == "test"
     assert tried.folder != asked.folder and tried.entries["a/1"].settings[-1] == "train.epochs=2"
-    summary = {"k": 4, "methods": {"a/0": {"mean": {"avg@4": 0.2}}, "a/1": {"mean": {"avg@4": 0.3}}}}
-    assert "train.epochs=2    (of 0.200, 0.300)" in compare.tuned(asked, summary)
+    methods = {f"a/{i}": {"mean": {"avg@4": 0.2 + i / 10}, "seeds": {"7": {}, "8": {}}} for i in range(2)}
+    assert "train.epochs=2    (of 0.200, 0.300)" in compare.tuned(asked, {"k": 4, "methods": methods})
+    methods["a/1"]["seeds"]["8"] = {"stopped": "collapsed"}  # good on the other seed only
+    assert "train.epochs=1    (of 0.200, -inf)" in compare.tuned(asked, {"k": 4, "methods": methods})
     with pytest.raises(UserError, match="has a grid"):
         compare.tuning(dataclasses.replace(asked, entries={"b": Entry("B")}))
 

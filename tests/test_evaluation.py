@@ -35,6 +35,8 @@ def test_majority_counts_questions_whose_commonest_answer_is_right():
     assert metrics["revision_words"] == 1.0
     bare = [{name: value for name, value in record(*vote).items() if name != "answer"} for vote in votes]
     assert evaluation_metrics(bare, 3)["maj@3"] is None
+    programs = [record("a", None, 1.0), record("a", None, 0.0)]  # are not put to a vote
+    assert evaluation_metrics(programs, 2)["maj@2"] is None
 
 
 def test_answers_of_the_embedded_task_and_of_mathematics():

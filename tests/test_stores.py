@@ -1,5 +1,6 @@
 """Run directories on object stores: parts and manifest, failing calls, machines that take over, a whole run."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -166,6 +167,23 @@ def test_an_emptied_store_does_not_delete_the_mirror(url, tmp_path):
     ObjectStore.store.clear()
     stores.Mirror(url, tmp_path / "run").pull()
     assert (tmp_path / "run.aside" / "a.json").read_text() == "[1]" and not (tmp_path / "run").exists()
+
+
+def test_a_mirror_belongs_to_one_process(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stores, "SCHEMES", ("objects",))
+    monkeypatch.setattr(stores, "_mirrors", {})
+    with contextlib.ExitStack() as held, contextlib.ExitStack() as held_by_another:
+        monkeypatch.setattr(stores, "_held", held)
+        folder = stores.local(url)
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("not uploaded yet")
+        assert stores.local(url) == folder
+        monkeypatch.setattr(stores, "_mirrors", {})
+        monkeypatch.setattr(stores, "_held", held_by_another)
+        with pytest.raises(UserError, match=f"another process is running in {url}"):
+            stores.local(url)
+        assert (folder / "metrics.jsonl").exists()
 
 
 def test_local_places_are_left_alone(tmp_path):
