@@ -17,7 +17,7 @@ from sdzero_jax.config import Config
 from sdzero_jax.models.lora import LoraConfig
 from sdzero_jax.sharding import MeshConfig
 
-PROMPT, RESPONSE = 512, 4096  # tokens
+PROMPT, RESPONSE = 1024, 4096  # tokens; the longest question of MATH-500 has 814
 ROWS = 8  # responses per update, one at a time
 
 
