@@ -60,12 +60,12 @@ HYBRID = (
 ENTRIES = {
     "base": Entry("base", "base"),
     "sft": method("SFT", "train.method=sft", *SUPERVISED, rate="2e-3", grid=OTHER_RATES, fill=False),
-    "rft": method("RFT", "train.method=rft", *SUPERVISED, rate="1e-3", grid=OTHER_RATES, fill=False),
+    "rft": method("RFT", "train.method=rft", *SUPERVISED, rate="2e-3", grid=OTHER_RATES, fill=False),
     "grpo": method("GRPO", *GRPO, rate="5e-4", grid=REWARD_RATES),
     "sdft": method(
         "SDFT", "train.method=sdft", "train.samples=1", "train.objective.divergence=forward_kl", rate="8e-4"
     ),
-    "srt": Entry("SRT", "srt", ("srt.optimizer.learning_rate=4e-3",), grid=SRT_RATES),
+    "srt": Entry("SRT", "srt", ("srt.optimizer.learning_rate=2e-3",), grid=SRT_RATES),
     "srt_budget": Entry(
         "SRT at full budget", "srt", ("collect.responses=2", "srt.optimizer.learning_rate=2e-3"), grid=SRT_RATES
     ),
@@ -75,9 +75,9 @@ ENTRIES = {
         "SD-Zero + sync", *SDZERO, "train.teacher.schedule=sync_every", "train.teacher.sync_steps=64", rate="4e-4"
     ),
     "sdzero_grpo": method(
-        "SD-Zero, then GRPO", "distill.passes=1", "train.start=distill", *GRPO, rate="2.5e-4", grid=REWARD_RATES
+        "SD-Zero, then GRPO", "distill.passes=1", "train.start=distill", *GRPO, rate="5e-4", grid=REWARD_RATES
     ),
     "reinforce": method("REINFORCE, batch baseline", *REINFORCE, rate="2.5e-4", grid=REWARD_RATES),
-    "guided_replay": method("guided SD-Zero + replay + sync", "train.method=sdzero_replay", *BEYOND, rate="2e-4"),
-    "hybrid": method("the same + policy gradient", *HYBRID, rate="5e-4", grid=OTHER_RATES),
+    "guided_replay": method("guided SD-Zero + replay + sync", "train.method=sdzero_replay", *BEYOND, rate="4e-4"),
+    "hybrid": method("the same + policy gradient", *HYBRID, rate="1e-3", grid=OTHER_RATES),
 }
