@@ -1,12 +1,15 @@
 """The command line: bad input is one line and status 2, and nothing is written."""
 
+import errno
 import json
 import os
 import pathlib
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 import run
+from sdzero_jax.errors import Fault
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -140,6 +143,42 @@ def test_a_directory_that_cannot_be_made_is_refused(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert run.main(["base", "run_dir=file/run"]) == 2
     assert "file/run: cannot be written (Not a directory)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (
+            JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"),
+            "another process of this run is",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (Fault("the store is away"), "the store is away"),
+    ],
+)
+def test_what_ends_one_of_several_processes_is_one_line(error, line, monkeypatch, capsys):
+    def fails(argv):
+        raise RuntimeError("in a library") from error
+
+    def fails_plainly(argv):
+        raise error
+
+    left = []
+    monkeypatch.setattr("sdzero_jax.hosts._place", lambda: (1, 2))
+    monkeypatch.setattr("sdzero_jax.hosts.leave", lambda status: left.append(status) or status)
+    monkeypatch.setattr(run, "dispatch", fails_plainly if isinstance(error, Fault) else fails)
+    assert run.main([]) == 1 and left == [1]
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and err.startswith("stopped: ") and line in err
+
+
+def test_a_fault_of_ours_on_one_of_several_processes_shows_where_and_does_not_wait(monkeypatch, capsys):
+    left = []
+    monkeypatch.setattr("sdzero_jax.hosts._place", lambda: (1, 2))
+    monkeypatch.setattr("sdzero_jax.hosts.leave", lambda status: left.append(status) or status)
+    monkeypatch.setattr(run, "dispatch", lambda argv: {}["nothing"])
+    assert run.main([]) == 1 and left == [1]
+    assert "KeyError: 'nothing'" in capsys.readouterr().err
 
 
 def test_the_same_fork_goes_on_and_another_one_is_new(tmp_path):
