@@ -2,7 +2,7 @@
 
 Command:   python run.py compare configs/compare_paper.py
 Hardware:  2 CPU cores, 2 GB of memory
-Expected:  52 minutes for five seeds; docs/RESULTS.md has the table and the tuning of the learning rates
+Expected:  44 minutes for five seeds; docs/RESULTS.md has the table and the tuning of the learning rates
 """
 
 import dataclasses
