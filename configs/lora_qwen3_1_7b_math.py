@@ -3,7 +3,8 @@
 Command:   python run.py configs/lora_qwen3_1_7b_math.py
 Before:    python run.py data prepare openr1_math_220k; python run.py data prepare math500;
            python run.py doctor configs/lora_qwen3_1_7b_math.py --gpus 1x24
-Hardware:  one GPU of 24 GB, of which jax may take 92%: export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
+Hardware:  one GPU of 24 GB, of which jax may take 92%: export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92. By the estimate
+           sampling takes 19.1 of these 22.1 GiB, SRT 7.4
 Expected:  not run yet
 """
 

@@ -3,7 +3,9 @@
 Command:   python run.py configs/sdzero_qwen3_4b_math.py
 Before:    python run.py data prepare openr1_math_220k; python run.py data prepare math500;
            python run.py doctor configs/sdzero_qwen3_4b_math.py --topology v6e:4x4
-Hardware:  16 accelerators; see the doctor for what fits which slice
+Hardware:  16 chips: a v6e:4x4 (SRT takes 16.0 of 31.25 GiB per chip, by the estimate). The smallest: a v5p:2x2x1 with
+           mesh.fsdp=4 (63.8 of 95); a v6e:2x4 with mesh.fsdp=8 srt.microbatches=2 (22.0), where the compiler finds
+           room without the latter too (29.4, by the estimate 31.9)
 Expected:  not run yet. The paper (arXiv:2604.12002) has the figures that this setting is after
 """
 

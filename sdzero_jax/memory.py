@@ -1,10 +1,13 @@
-"""Bytes per device of a distillation run: estimated before anything is compiled, and as the compiler counts them.
+"""Bytes per device of a run's two training stages: estimated before anything is compiled, and as compilers count them.
 
 The state and the residuals of the layers are exact (from shardings, and from what jax would keep for the
 backward pass); the workspace of one layer and of one tile of logits is counted by hand and checked against
-compiled programs. A run's peak is that of its largest phase. As a program (`python -m sdzero_jax.memory
-CONFIG TOPOLOGY [a.b=c ...]`, started by `of_compiler`) it compiles for a TPU slice that is not attached.
-Left out: what the first compilation and the loading of a checkpoint need, and the embedded task's own stages.
+compiled programs. A stage's peak is that of its largest phase, a run's that of its larger stage. As a program
+(`python -m sdzero_jax.memory CONFIG TOPOLOGY STAGE [a.b=c ...]`, started by `count_for`) it compiles for a TPU
+slice that is not attached.
+Left out: collecting and evaluating, which sample as distillation does, but beside the parameters alone; the
+localisation, which reads no more rows at once than a train step; what the first compilation and the loading of
+a checkpoint need; the embedded task's base model and the stage `train`.
 """
 
 import dataclasses
@@ -21,15 +24,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdzero_jax import objectives, sharding, topology
-from sdzero_jax.batches import distill_batch
-from sdzero_jax.config import Config, load_config, override
+from sdzero_jax.batches import ScoredSequence, distill_batch, sequence_batch
+from sdzero_jax.config import Config, DistillConfig, SrtConfig, load_config, override
 from sdzero_jax.errors import UserError
 from sdzero_jax.examples import Question, Rollout, Verdict
 from sdzero_jax.models import DecoderConfig, LanguageModel, cache_bytes
 from sdzero_jax.ops.linear_divergence import default_tile
 from sdzero_jax.optimizer import learning_rate_schedule, make_optimizer
 from sdzero_jax.prompts import control_phrases
-from sdzero_jax.train_step import TrainStep, abstract_frozen, abstract_state, make_train_step
+from sdzero_jax.train_step import (
+    TrainStep,
+    abstract_frozen,
+    abstract_state,
+    accumulated,
+    make_train_step,
+    value_and_gradient,
+)
+
+STAGES = ("srt", "distill")
+# Phases that are programs of their own, beside the train step.
+_BESIDE = ("held-out loss", "sampling")
 
 # Copies of one layer's activations [rows, tokens, width] that exist at once, in the compute dtype. Counted in
 # the programs that the TPU compiler makes for both families.
@@ -38,13 +52,13 @@ _BACKWARD = {"mlp": 5.0, "heads": 6.0, "hidden": 6.0}
 # What each further block of the layer pattern adds: the blocks share a loop body, where the compiler keeps
 # the recomputed activations of all of them, with or without barriers between them.
 _FURTHER_BLOCK = {"mlp": 3.0, "heads": 2.0, "hidden": 2.0}
-# Tiles of float32 logits at once: student, teacher, their log-probs and the gradient.
-_TILES = 5.0
+# Tiles of float32 logits at once: the student's, its log-probs and the gradient; the teacher's and its log-probs.
+_TILES = {"srt": 3.0, "distill": 5.0}
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
-    """Bytes per device. `state` is there all along, of the phases one after the other."""
+class Stage:
+    """Bytes per device of a training stage. `state` is there all along, of the phases one after the other."""
 
     state: dict[str, float]
     phases: dict[str, dict[str, float]]
@@ -60,22 +74,51 @@ class Estimate:
     @property
     def train_step(self) -> float:
         """Peak of the train step alone: what the compiler counts."""
-        phases = [sum(parts.values()) for name, parts in self.phases.items() if name != "sampling"]
+        phases = [sum(parts.values()) for name, parts in self.phases.items() if name not in _BESIDE]
         return sum(self.state.values()) + max(phases)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Self-revision training (phase 1) and distillation with its sampling (phase 2)."""
+
+    srt: Stage
+    distill: Stage
+
+    @property
+    def peak_stage(self) -> str:
+        return max(STAGES, key=lambda name: getattr(self, name).peak)
+
+    @property
+    def peak(self) -> float:
+        return max(self.srt.peak, self.distill.peak)
 
 
 # ------------------------------------------------------------------------------------- the train step
 
 
-def train_step(config: Config, mesh) -> TrainStep:
-    """Phase 2's train step of this config, on this mesh."""
-    model, distill = LanguageModel(config.model), config.distill
-    loss_fn = functools.partial(objectives.self_distillation, distill.objective, model)
-    optimizer, schedule = make_optimizer(distill.optimizer, 100), learning_rate_schedule(distill.optimizer, 100)
+def train_step(config: Config, mesh, stage: str) -> TrainStep:
+    """The train step of this config's SRT or distillation, on this mesh."""
+    model, own = LanguageModel(config.model), _own(config, stage)
+    objective = {"srt": objectives.cross_entropy, "distill": objectives.self_distillation}[stage]
+    terms = (objectives.Term(1.0, stage, objective, own.objective),)
+    whole_batch = functools.partial(objectives.denominators, terms)
+    in_parts = lambda loss_fn: accumulated(loss_fn, whole_batch, own.microbatches)  # noqa: E731
+    optimizer, schedule = make_optimizer(own.optimizer, 100), learning_rate_schedule(own.optimizer, 100)
     return make_train_step(
-        loss_fn, model, optimizer, mesh, teacher_config=distill.teacher, schedule=schedule,
-        adapters=distill.lora, frozen=abstract_frozen(model, mesh, distill.lora),
+        functools.partial(objectives.combined, terms, model), model, optimizer, mesh,
+        teacher_config=_teacher(config, stage), schedule=schedule,
+        differentiate=in_parts if own.microbatches > 1 else value_and_gradient,
+        adapters=own.lora, frozen=abstract_frozen(model, mesh, own.lora),
     )  # fmt: skip
+
+
+def _own(config: Config, stage: str) -> SrtConfig | DistillConfig:
+    return {"srt": config.srt, "distill": config.distill}[stage]
+
+
+def _teacher(config: Config, stage: str):
+    return config.distill.teacher if stage == "distill" else None
 
 
 def phrase_tokens(config: Config) -> int:
@@ -84,37 +127,63 @@ def phrase_tokens(config: Config) -> int:
     return max(len(phrases.text(reward).encode()) for reward in (0.0, 1.0))
 
 
-def rows_at_once(config: Config) -> int:
-    """Responses that phase 2's forward and backward pass hold together."""
-    return config.distill.batch_size * config.distill.samples // config.distill.microbatches
+def rows_of(config: Config, stage: str) -> int:
+    """Rows of a batch."""
+    return config.srt.batch_size if stage == "srt" else config.distill.batch_size * config.distill.samples
 
 
-def batch_of(config: Config) -> dict[str, np.ndarray]:
-    """A batch of the shapes that the run has: made by the function that makes the run's."""
+def batch_of(config: Config, stage: str) -> dict[str, dict[str, np.ndarray]]:
+    """A batch of the shapes that the run has, for `train_step`: made by the functions that make the run's."""
+    rows = rows_of(config, stage)
+    if stage == "srt":
+        return {stage: sequence_batch([ScoredSequence((0,), (0.0,))] * rows, config.srt.data.max_length)}
     rollout = Rollout(Question("", "", ("",), ""), (0,), (0,), (0.0,), "length", Verdict.of("wrong"))
     phrase = (0,) * phrase_tokens(config)
-    distill = config.distill
-    batch, _ = distill_batch([rollout] * rows_at_once(config), lambda reward: phrase, (), distill.layout)
-    return batch
+    return {stage: distill_batch([rollout] * rows, lambda reward: phrase, (), config.distill.layout)[0]}
 
 
-def lengths(config: Config) -> tuple[int, int]:
-    """Tokens of a student's and of a teacher's row."""
+def lengths(config: Config) -> tuple[int, int, int]:
+    """Tokens of a row of SRT, of the student's and of the teacher's in distillation."""
     layout = config.distill.layout
-    return layout.max_prompt + layout.max_response, layout.rev_length(phrase_tokens(config))
+    student = layout.max_prompt + layout.max_response
+    return config.srt.data.max_length, student, layout.rev_length(phrase_tokens(config))
 
 
 # ---------------------------------------------------------------------------------------- the estimate
 
 
-def estimate(config: Config, mesh) -> Estimate:
-    """What a distillation run needs on each device of `mesh`, which may be abstract."""
-    model, adapters = LanguageModel(config.model), config.distill.lora
-    optimizer = make_optimizer(config.distill.optimizer, 100)
-    whole = abstract_state(model, optimizer, mesh, teacher_config=config.distill.teacher, adapters=adapters)
-    frozen = abstract_frozen(model, mesh, adapters)
-    rows = -(-rows_at_once(config) // sharding.batch_devices(mesh))
-    student, teacher = lengths(config)
+def estimate(config: Config, mesh, per_host: int = 0) -> Estimate:
+    """What a run needs on each device of `mesh`, which may be abstract.
+
+    `per_host` devices belong to one host (0: all of them), and sample with a copy of the weights of their own.
+    """
+    srt, student, teacher = lengths(config)
+    local = local_model(config.model, mesh.shape["tensor"])
+
+    def forward(stage: str, length: int) -> dict[str, float]:
+        return {"one layer's activations": _workspace(local, _rows_at_once(config, mesh, stage), _FORWARD) * length}
+
+    frozen = abstract_frozen(LanguageModel(config.model), mesh, config.srt.lora)
+    merged = {"parameters with the adapters merged": _bytes(frozen)}
+    return Estimate(
+        srt=_stage(config, mesh, "srt", srt, srt - 1, {}, {"held-out loss": merged | forward("srt", srt)}),
+        distill=_stage(
+            config, mesh, "distill", student, config.distill.layout.max_response,
+            {"teacher's forward pass": forward("distill", teacher)}, {"sampling": _sampling(config, mesh, per_host)},
+        ),
+    )  # fmt: skip
+
+
+def _stage(config: Config, mesh, stage: str, length: int, targets: int, before: dict, beside: dict) -> Stage:
+    """A stage whose forward and backward pass reads rows of `length` tokens and scores `targets` of each.
+
+    `before` are further phases of the train step, `beside` those of other programs.
+    """
+    model, own = LanguageModel(config.model), _own(config, stage)
+    optimizer, teacher = make_optimizer(own.optimizer, 100), _teacher(config, stage)
+    whole = abstract_state(model, optimizer, mesh, teacher_config=teacher, adapters=own.lora)
+    frozen = abstract_frozen(model, mesh, own.lora)
+    rows = _rows_at_once(config, mesh, stage)
     local = local_model(config.model, mesh.shape["tensor"])
     state = {
         "parameters": _bytes(frozen) + _bytes(whole.params),
@@ -122,22 +191,25 @@ def estimate(config: Config, mesh) -> Estimate:
         "teacher": _bytes(whole.teacher),
     }
     gradients = _bytes(whole.params)
-    copies = _compute_copies(frozen or whole.params, config.model)
-    kept = residuals(local, rows, student)
-    vocabulary = _vocabulary(config, local, rows, mesh)
-    forward = _workspace(local, rows, _FORWARD)
+    summed = _bytes(_in_float32(whole.params)) if own.microbatches > 1 else 0.0
     further = _workspace(local, rows, _FURTHER_BLOCK) * (len(local.layer_pattern) - 1)
     backward = _workspace(local, rows, _BACKWARD) + (further if local.remat != "none" else 0.0)
-    own = {"activations kept": kept, "weights in the compute dtype": copies}
-    return Estimate(
-        state,
-        {
-            "teacher's forward pass": own | {"one layer's activations": forward * teacher},
-            "logits": own | vocabulary,
-            "layers' backward pass": own | {"gradients": gradients, "one layer's activations": backward * student},
-            "sampling": _sampling(config, mesh),
-        },
-    )
+    kept = {
+        "activations kept": residuals(local, rows, length),
+        "weights in the compute dtype": _compute_copies(frozen or whole.params, config.model),
+        "sum of the parts' gradients (float32)": summed,
+    }
+    phases = {
+        **before,
+        "logits": _vocabulary(config, local, stage, rows * targets, mesh),
+        "layers' backward pass": {"gradients": gradients, "one layer's activations": backward * length},
+    }
+    return Stage(state, {name: kept | parts for name, parts in phases.items()} | beside)
+
+
+def _rows_at_once(config: Config, mesh, stage: str) -> int:
+    """Rows that a device's forward and backward pass hold together."""
+    return -(-rows_of(config, stage) // _own(config, stage).microbatches // sharding.batch_devices(mesh))
 
 
 def local_model(model: DecoderConfig, tensor: int) -> DecoderConfig:
@@ -153,6 +225,7 @@ def local_model(model: DecoderConfig, tensor: int) -> DecoderConfig:
     )
 
 
+@functools.lru_cache(maxsize=256)
 def residuals(model: DecoderConfig, rows: int, length: int) -> float:
     """Bytes that the layers keep for the backward pass of [rows, length] tokens, by jax's own account.
 
@@ -192,36 +265,34 @@ def _workspace(model: DecoderConfig, rows: int, copies: dict[str, float]) -> flo
     return rows * item * sum(copies[name] * width for name, width in widths.items())
 
 
-def _vocabulary(config: Config, local: DecoderConfig, rows: int, mesh) -> dict[str, float]:
+def _vocabulary(config: Config, local: DecoderConfig, stage: str, tokens: int, mesh) -> dict[str, float]:
     """Unembeddings, tiles of logits and the accumulator of the unembedding's gradient."""
     item = jnp.dtype(local.compute_dtype).itemsize
-    tokens = rows * config.distill.layout.max_response
     table = local.vocab_size * local.hidden_size
-    gathered = 2 * table * item if sharding.batch_devices(mesh) > 1 else 0.0
+    models = {"srt": 1, "distill": 2}[stage]
     return {
-        "hidden states of the response": 3 * tokens * local.hidden_size * item,
-        "gathered unembeddings": gathered,
-        "unembedding's gradient (float32)": 0.0 if config.distill.lora.rank else table * 4.0,
-        "logit tiles": _TILES * default_tile(tokens, local.vocab_size) * local.vocab_size * 4,
+        "hidden states of the targets": 3 * tokens * local.hidden_size * item,
+        "gathered unembeddings": models * table * item if sharding.batch_devices(mesh) > 1 else 0.0,
+        "unembedding's gradient (float32)": 0.0 if _own(config, stage).lora.rank else table * 4.0,
+        "logit tiles": _TILES[stage] * default_tile(tokens, local.vocab_size) * local.vocab_size * 4,
     }
 
 
-def _sampling(config: Config, mesh) -> dict[str, float]:
+def _sampling(config: Config, mesh, per_host: int) -> dict[str, float]:
     """Cache, prompts being read and weights of the larger of the two samplers that run beside the state.
 
-    Every sampler of a run has at most the configured slots, and each slot room for a revision.
+    Every sampler of a run has at most the configured slots, and each slot room for a revision. Hosts share
+    the slots, and each holds all weights on devices of its own.
     """
     distill, sampler, model = config.distill, config.sampler, config.model
-    shape = tuple(mesh.shape.values())
-    if sampler.weights == "tensor":
-        shape = sharding.rollout_shape(shape, model.num_kv_heads)
+    hosts, shape = _sampling_mesh(config, mesh, per_host)
     parts, local = shape[0] * shape[1], local_model(model, shape[2])
-    slots = -(-sampler.slots // parts)
+    slots = -(-sampler.slots // (hosts * parts))
     longest = max(
         distill.sampling.max_new_tokens, *(2 * c.sampling.max_new_tokens for c in (config.collect, config.evaluate))
     )
     length = distill.layout.max_prompt + longest + phrase_tokens(config)
-    prompts = -(-max(sampler.prefill_tokens, distill.layout.max_prompt) // parts)
+    prompts = max(-(-sampler.prefill_tokens // parts), distill.layout.max_prompt)  # a whole prompt per part
     item = jnp.dtype(model.compute_dtype).itemsize
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(LanguageModel(local).param_shapes()))
     return {
@@ -231,10 +302,25 @@ def _sampling(config: Config, mesh) -> dict[str, float]:
     }
 
 
+def _sampling_mesh(config: Config, mesh, per_host: int) -> tuple[int, tuple[int, int, int]]:
+    """(hosts, mesh shape of each), as `Run.sampler` makes them."""
+    shape = tuple(mesh.shape.values())
+    hosts = math.prod(shape) // per_host if 0 < per_host < math.prod(shape) else 1
+    if hosts > 1:
+        shape = (1, per_host, 1)  # as in sharding.host_mesh
+    if config.sampler.weights == "tensor":
+        shape = sharding.rollout_shape(shape, config.model.num_kv_heads)
+    return hosts, shape
+
+
 def _bytes(tree: Any) -> float:
     """Bytes on one device of a tree of ShapeDtypeStructs with shardings."""
     leaves = jax.tree.leaves(tree)
     return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
+
+
+def _in_float32(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), tree)
 
 
 def _compute_copies(params: Any, model: DecoderConfig) -> float:
@@ -248,48 +334,64 @@ def _compute_copies(params: Any, model: DecoderConfig) -> float:
 # ------------------------------------------------------------------------------- what to change, if it does not fit
 
 
-def slots_that_fit(config: Config, mesh, limit: float) -> int:
-    """Slots of the sampler that fit beside the state of a distillation run: 0 when not one per part does."""
-    now = estimate(config, mesh)
-    shape = tuple(mesh.shape.values())
-    if config.sampler.weights == "tensor":
-        shape = sharding.rollout_shape(shape, config.model.num_kv_heads)
-    parts = shape[0] * shape[1]
+def slots_that_fit(config: Config, mesh, limit: float, per_host: int = 0) -> int:
+    """Slots of the sampler that fit beside the state of distillation: 0 when not one per part does."""
+    now = estimate(config, mesh, per_host).distill
+    hosts, shape = _sampling_mesh(config, mesh, per_host)
+    parts = hosts * shape[0] * shape[1]
     per_part = -(-config.sampler.slots // parts)
     one_more = override(config, [f"sampler.slots={(per_part + 1) * parts}"])
-    per_slot = _sampling(one_more, mesh)["KV cache"] - now.phases["sampling"]["KV cache"]
+    per_slot = _sampling(one_more, mesh, per_host)["KV cache"] - now.phases["sampling"]["KV cache"]
     free = limit - sum(now.state.values()) - sum(now.phases["sampling"].values())
     return max(per_part + int(free // per_slot), 0) * parts
 
 
-def suggest(config: Config, mesh_shape: Sequence[int], limit: float) -> str:
+def suggest(config: Config, mesh_shape: Sequence[int], limit: float, per_host: int = 0) -> str:
     """The smallest change of settings with which the estimate is at most `limit` bytes, as one line.
 
-    Tried in the order of what they cost, one alone and then all up to it: the settings that change no
-    result first. Where none helps: how many devices would do.
+    Tried in the order of what they cost, one alone and then all up to it, less those that are not needed: the
+    settings that change no result first. Where none helps: how many devices would do.
     """
-    options = list(_options(config, mesh_shape))
-    tried = [[option] for option in options] + [options[:count] for count in range(2, len(options) + 1)]
-    for changes in tried:
-        changed = override(config, " ".join(changes).split())
-        if estimate(changed, abstract_mesh(changed.mesh, math.prod(mesh_shape))).peak <= limit:
-            return f"set {' '.join(changes)}"
     devices = math.prod(mesh_shape)
+    if changes := _enough(config, mesh_shape, limit, per_host):
+        return f"set {' '.join(changes)}{_cost(changes)}"
     for count in (devices * 2**doubling for doubling in range(1, 11)):
-        rows = -(-config.distill.batch_size // count) * count
-        bigger = override(config, [f"distill.batch_size={rows}", "distill.microbatches=1"])
-        bigger = dataclasses.replace(bigger, mesh=sharding.mesh_preset(count))
-        options = " ".join(_options(bigger, sharding.mesh_shape(bigger.mesh, count)))
-        if estimate(override(bigger, options.split()), abstract_mesh(bigger.mesh, count)).peak <= limit:
+        whole = override(config, ["distill.microbatches=1", "srt.microbatches=1"])
+        bigger = fit_to(dataclasses.replace(whole, mesh=sharding.mesh_preset(count)), count)
+        changes = _enough(bigger, sharding.mesh_shape(bigger.mesh, count), limit, per_host)
+        if changes is not None:
             return f"no setting is enough on {devices}; {count} such devices would do" + (
-                f", with {options}" if options else ""
+                f", with {' '.join(changes)}{_cost(changes)}" if changes else ""
             )
     return "no setting and no number of such devices is enough; lower distill.layout.max_response"
 
 
+def _enough(config: Config, mesh_shape: Sequence[int], limit: float, per_host: int) -> list[str] | None:
+    """The first changes with which the estimate fits, none of them to spare; None when all are not enough."""
+
+    def fits(changes: Sequence[str]) -> bool:
+        changed = override(config, " ".join(changes).split())
+        return estimate(changed, abstract_mesh(changed.mesh, math.prod(mesh_shape)), per_host).peak <= limit
+
+    options = list(_options(config, mesh_shape))
+    for changes in [[], *([o] for o in options), *(options[:count] for count in range(2, len(options) + 1))]:
+        if fits(changes):
+            for change in list(changes):
+                rest = [other for other in changes if other != change]
+                changes = rest if fits(rest) else changes
+            return changes
+    return None
+
+
+def _cost(changes: Sequence[str]) -> str:
+    """What the last resort takes."""
+    shorter = any(change.startswith("srt.data.max_length") for change in changes)
+    return " (longer traces are dropped and counted)" if shorter else ""
+
+
 def _options(config: Config, mesh_shape: Sequence[int]) -> Iterator[str]:
     """Settings that save memory, cheapest first."""
-    data, fsdp, _ = mesh_shape
+    data, fsdp, tensor = mesh_shape
     parts = data * fsdp
     if config.model.remat == "none":
         yield "model.remat=dots"
@@ -297,17 +399,28 @@ def _options(config: Config, mesh_shape: Sequence[int]) -> Iterator[str]:
         yield f"sampler.slots={max(config.distill.batch_size, parts)}"
     if config.model.remat in ("none", "dots"):
         yield "model.remat=full"
-    rows = config.distill.batch_size * config.distill.samples
-    if rows_at_once(config) > parts and rows % parts == 0:
-        yield f"distill.microbatches={rows // parts}"
+    for stage in STAGES:
+        if rows_of(config, stage) > parts * _own(config, stage).microbatches:
+            yield _row_by_row(config, stage, parts)
     if data > 1:
         yield f"mesh.data=1 mesh.fsdp={parts}"
-    if config.distill.optimizer.mu_dtype == "float32" and config.model.compute_dtype == "bfloat16":
-        yield "distill.optimizer.mu_dtype=bfloat16"
-    if not config.sampler.cache_dtype:
-        yield "sampler.cache_dtype=int8"
     if config.model.remat != "offload":
         yield "model.remat=offload"
+    if parts % 2 == 0 and config.model.num_kv_heads % (2 * tensor) == 0:
+        rows = " ".join(_row_by_row(config, stage, parts // 2) for stage in STAGES)
+        yield f"mesh.data=1 mesh.fsdp={parts // 2} mesh.tensor={2 * tensor} {rows}"
+    for stage in STAGES:
+        if _own(config, stage).optimizer.mu_dtype == "float32" and config.model.compute_dtype == "bfloat16":
+            yield f"{stage}.optimizer.mu_dtype=bfloat16"
+    if not config.sampler.cache_dtype:
+        yield "sampler.cache_dtype=int8"
+    srt, student, _ = lengths(config)
+    if srt > student:
+        yield f"srt.data.max_length={student}"
+
+
+def _row_by_row(config: Config, stage: str, parts: int) -> str:
+    return f"{stage}.microbatches={max(rows_of(config, stage) // parts, 1)}"
 
 
 # ------------------------------------------------------------------------------------------- the compiler's count
@@ -335,9 +448,9 @@ def count(step: TrainStep, batch: Any) -> dict[str, float]:
     return out | {"peak": stats.peak_memory_in_bytes if on_tpu else total}
 
 
-def count_for(slice_: topology.Topology, path: str, overrides: Sequence[str]) -> dict[str, float]:
+def count_for(slice_: topology.Topology, path: str, overrides: Sequence[str], stage: str) -> dict[str, float]:
     """`count` of a config file's train step for a TPU slice that is not attached, in a process of its own."""
-    arguments = ["-m", "sdzero_jax.memory", os.path.abspath(path), slice_.name, *overrides]
+    arguments = ["-m", "sdzero_jax.memory", os.path.abspath(path), slice_.name, stage, *overrides]
     return topology.run_for(slice_, arguments)
 
 
@@ -348,20 +461,20 @@ def abstract_mesh(config: sharding.MeshConfig, num_devices: int) -> jax.sharding
 
 
 def fit_to(config: Config, num_devices: int) -> Config:
-    """The config on this many devices: its mesh refitted, its batch rounded up to a row per part."""
+    """The config on this many devices: its mesh refitted, its batches rounded up to a row per part."""
     mesh = sharding.refit(config.mesh, num_devices)
     parts = mesh.data * mesh.fsdp
-    rows = -(-config.distill.batch_size // parts) * parts
-    return dataclasses.replace(config, mesh=mesh, distill=dataclasses.replace(config.distill, batch_size=rows))
+    up = lambda stage: dataclasses.replace(stage, batch_size=-(-stage.batch_size // parts) * parts)  # noqa: E731
+    return dataclasses.replace(config, mesh=mesh, srt=up(config.srt), distill=up(config.distill))
 
 
-def main(path: str, name: str, *overrides: str) -> None:
+def main(path: str, name: str, stage: str, *overrides: str) -> None:
     """The child: prints the compiler's count for a slice as a line of JSON."""
     slice_ = topology.parse(name)
     config = fit_to(override(load_config(path), overrides), slice_.chips)
     mesh = sharding.make_mesh(config.mesh, topology.devices(slice_))
     try:
-        print(json.dumps(count(train_step(config, mesh), batch_of(config))))
+        print(json.dumps(count(train_step(config, mesh, stage), batch_of(config, stage))))
     except UserError as error:
         raise SystemExit(str(error)) from None
 

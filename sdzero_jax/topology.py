@@ -31,12 +31,14 @@ class Generation:
     example: str
 
 
-# Memory: Cloud TPU's system architecture pages (HBM per chip).
+# Memory: of a chip's HBM (16, 95 and 32 GiB), what libtpu's compiler takes to be available.
 GENERATIONS = {
-    "v5e": Generation(16 * GIB, "v5litepod", 1, 2, "v5e:4x4"),
+    "v5e": Generation(15.75 * GIB, "v5litepod", 1, 2, "v5e:4x4"),
     "v5p": Generation(95 * GIB, "v5p", 2, 3, "v5p:2x2x4"),
-    "v6e": Generation(32 * GIB, "v6e", 1, 2, "v6e:4x4"),
+    "v6e": Generation(31.25 * GIB, "v6e", 1, 2, "v6e:4x4"),
 }
+# As in libtpu's descriptions of slices. A v5e or v6e of 8 chips may also come as a single host.
+CHIPS_PER_HOST = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,10 @@ class Topology:
     def memory(self) -> float:
         """Bytes per chip."""
         return GENERATIONS[self.generation].memory
+
+    @property
+    def chips_per_host(self) -> int:
+        return min(self.chips, CHIPS_PER_HOST)
 
     @property
     def accelerator_type(self) -> str:
