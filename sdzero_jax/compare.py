@@ -1,7 +1,8 @@
 """Methods side by side at equal numbers of sampled tokens, over several seeds, from one command.
 
 Every (method, seed) is a run whose stages lie under their hashes in one folder: what two methods share
-is computed once, a changed setting re-runs what it touches, and a killed comparison goes on.
+is computed once, a changed setting re-runs what it touches, and a killed comparison goes on. What a gate stops or
+has nothing to train on is recorded, and the others go on.
 """
 
 import dataclasses
@@ -13,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from sdzero_jax import hosts, settings, statistics, stores
-from sdzero_jax.analysis import write_comparison
+from sdzero_jax.analysis import stopped_label, write_comparison
 from sdzero_jax.chunks import ChunkLog
 from sdzero_jax.config import Config, load_from, override, validate
 from sdzero_jax.errors import HealthStop, UserError, nearest
 from sdzero_jax.files import write_json_atomic
 from sdzero_jax.ledger import Ledger
 from sdzero_jax.locks import exclusive
+from sdzero_jax.methods import NothingLeft
 from sdzero_jax.pipeline import evaluate_stage, run_stage
 from sdzero_jax.progress import say
 from sdzero_jax.runs import Run, check_fit
@@ -175,12 +177,12 @@ def compare(comparison: Comparison) -> dict[str, Any]:
 
 
 def run_entry(comparison: Comparison, entry: Entry, seed: int) -> dict[str, Any]:
-    """One method on one seed: its metrics, ledger, seconds; "stopped" says why a health gate ended it."""
+    """One method on one seed: its metrics, ledger, seconds; "stopped" says why a gate or a lack of data ended it."""
     shared = comparison.folder / "stages"
     config = _config(comparison, entry, seed)
     try:
         return _run_entry(comparison, entry, config, shared)
-    except HealthStop as stop:
+    except (HealthStop, NothingLeft) as stop:
         say(f"{entry.label}, seed {seed}: {stop}")
         return {"stopped": str(stop)}
 
@@ -193,7 +195,7 @@ def _run_entry(comparison: Comparison, entry: Entry, config: Config, shared: pat
     if entry.fill:
         left = comparison.budget - before.sampled_tokens
         if left <= 0:
-            raise UserError(
+            raise NothingLeft(
                 f"{entry.label}: {before.sampled_tokens} tokens are sampled before its last stage, of a budget of "
                 f"{comparison.budget}; raise budget, or lower collect.questions"
             )
@@ -302,8 +304,10 @@ def table(summary: Mapping[str, Any]) -> str:
     k = summary["k"]
     names = {f"avg@{k}": f"avg@{k}", "greedy": "greedy", f"pass@{k}": f"pass@{k}", f"maj@{k}": f"maj@{k}"}
     names |= {"mean_tokens": "tokens", "correction_rate": "correct", "keep_rate": "keep", "fix": "fix"}
-    lines = [f"{'method':<28}" + "".join(f"{text:>9}" for text in names.values()) + f"{'vs ref':>24}{'budget':>9}"]
-    for method in summary["methods"].values():
+    labels = [stopped_label(method) for method in summary["methods"].values()]
+    width = max(28, *(len(label) + 2 for label in labels))
+    lines = [f"{'method':<{width}}" + "".join(f"{text:>9}" for text in names.values()) + f"{'vs ref':>24}{'budget':>9}"]
+    for label, method in zip(labels, summary["methods"].values()):
         cells = [method["mean"].get(name) for name in names]
         text = "".join(f"{'-' if cell is None else f'{cell:.3f}':>9}" for cell in cells)
         gap = method["difference"]
@@ -313,5 +317,5 @@ def table(summary: Mapping[str, Any]) -> str:
             if len(gap["seeds"]) > 1:  # one seed says nothing about their spread
                 shown += f" [{gap['interval'][0]:+.3f}, {gap['interval'][1]:+.3f}]"
         mark = "1" if method["at_budget"] else f"x {method['budget_share']:.2f}"
-        lines.append(f"{method['label']:<28}{text}{shown:>24}{mark:>9}")
+        lines.append(f"{label:<{width}}{text}{shown:>24}{mark:>9}")
     return "\n".join(lines)

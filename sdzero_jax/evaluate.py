@@ -44,8 +44,8 @@ def evaluate(
     *,
     name: str,
     seed: int,
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Writes one record per first attempt to `path`; returns the records and their metrics.
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Writes one record per first attempt to `path`; returns the records and their metrics, with the model's name.
 
     Args:
       base_records: records of the base model on the same questions, whose attempts are revised
@@ -63,7 +63,7 @@ def evaluate(
         return {"accuracy": evaluation_metrics(log.records, config.k)[f"avg@{config.k}"]}
 
     fill(log, f"eval {name}", questions, config.chunk, make, figures)
-    return log.records, evaluation_metrics(log.records, config.k)
+    return log.records, {"model": name} | evaluation_metrics(log.records, config.k)
 
 
 def _evaluate_chunk(config, domain: Domain, sampler, params, questions, base, number: int, seed: int):
@@ -138,21 +138,28 @@ def _as_rollout(record: Mapping[str, Any], domain: Domain, question: Question) -
 
 
 def evaluation_metrics(records: Sequence[Mapping[str, Any]], k: int) -> dict[str, Any]:
-    """All figures of an evaluation, from its records; attempts without a verdict are left out and counted."""
+    """All figures of an evaluation, from its records; attempts without a verdict are left out and counted.
+
+    pass@k is over the questions with at least k verdicts: of fewer attempts it would be pass@(fewer). Intervals
+    are 95% bootstrap intervals over questions; tokens_* is the distribution of the attempts' lengths.
+    """
     graded = [record for record in records if record["reward"] is not None]
     questions: dict[str, list[float]] = {}
     for record in graded:
         questions.setdefault(record["question_id"], []).append(record["reward"])
     averages = np.array([np.mean(rewards) for rewards in questions.values()])
-    solved = [statistics.pass_at_k(len(r), int(sum(r)), min(k, len(r))) for r in questions.values()]
+    solved = [statistics.pass_at_k(len(r), int(sum(r)), k) for r in questions.values() if len(r) >= k]
+    lengths = [record["tokens"] for record in records]
     own_right, own_wrong = _split(graded, "reward", "revised_reward")
     metrics: dict[str, Any] = {
-        f"avg@{k}": _mean(averages),
-        f"avg@{k}_interval": list(statistics.bootstrap_interval(averages, seed=0)) if len(averages) else None,
-        f"pass@{k}": _mean(solved),
-        f"maj@{k}": _majority(graded),
+        **_with_interval(f"avg@{k}", averages),
+        **_with_interval(f"pass@{k}", solved),
+        f"pass@{k}_left_out": len({record["question_id"] for record in records}) - len(solved),
+        **_with_interval(f"maj@{k}", _majority(graded)),
         "greedy": _mean([r["greedy_reward"] for r in records if r.get("greedy_reward") is not None]),
-        "mean_tokens": _mean([r["tokens"] for r in records]),
+        "mean_tokens": _mean(lengths),
+        **{f"tokens_p{share}": float(np.percentile(lengths, share)) if lengths else None for share in (10, 50, 90)},
+        "tokens_max": max(lengths, default=None),
         "revision_words": _mean([revision_words(r["response"]) for r in records]),
         "truncated": _mean([r["finish"] == "length" for r in records]),
         "revised_accuracy": _mean(own_right + own_wrong),
@@ -167,19 +174,22 @@ def evaluation_metrics(records: Sequence[Mapping[str, Any]], k: int) -> dict[str
     return metrics | {"fix": _mean(base_wrong), "keep": _mean(base_right)}
 
 
-def _majority(graded: Sequence[Mapping[str, Any]]) -> float | None:
-    """Share of questions whose most frequent answer is right; None where no response states any, as programs."""
+def _with_interval(name: str, values: Sequence[float]) -> dict[str, Any]:
+    """The mean of one value per question and its interval; None without any question."""
+    interval = list(statistics.bootstrap_interval(values, seed=0)) if len(values) else None
+    return {name: _mean(values), f"{name}_interval": interval}
+
+
+def _majority(graded: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Per question whether its most frequent answer is right; empty where no response states any, as programs."""
     if not any(record.get("answer") is not None for record in graded):
-        return None
+        return []
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for record in graded:
         rows.setdefault(record["question_id"], []).append(record)
-    width = max(map(len, rows.values()))
-    answers = [[r["answer"] for r in own] for own in rows.values()]
-    rewards = np.full((len(rows), width), np.nan)
-    for row, own in enumerate(rows.values()):
-        rewards[row, : len(own)] = [r["reward"] for r in own]
-    return statistics.majority_at_k(answers, rewards)
+    return [
+        statistics.majority_at_k([[r["answer"] for r in own]], [[r["reward"] for r in own]]) for own in rows.values()
+    ]
 
 
 def _split(records, first: str, second: str) -> tuple[list[float], list[float]]:

@@ -64,8 +64,9 @@ class Rollout:
 class RevisionTrace:
     """x, y_init, r, P_r, y_rev (ALGORITHM: collection). Ids end to end; nothing is re-tokenised.
 
-    `init_ids` carries no end token (SRT never shows one before the control phrase);
-    `phrase_ids` are d + P_r + d; `revised_ids` ends with the end token.
+    `init_ids` carries no end token (SRT never shows one before the control phrase), whether y_init ended by
+    itself or was cut off, which `init_finish` says; `phrase_ids` are d + P_r + d; `revised_ids` ends with the
+    end token.
     """
 
     question_id: str
@@ -77,6 +78,7 @@ class RevisionTrace:
     revised_ids: tuple[int, ...]
     revised_verdict: Verdict
     revised_finish: Literal["stop", "length"]
+    init_finish: Literal["stop", "length"] = "stop"  # files of older versions do not have it
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from sdzero_jax import compare, settings
+from sdzero_jax import compare, pipeline, runs, settings
 from sdzero_jax.compare import Entry
-from sdzero_jax.errors import HealthStop, UserError
+from sdzero_jax.config import load_config, override
+from sdzero_jax.errors import Fault, HealthStop, UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAPER = str(ROOT / "configs" / "compare_paper.py")
@@ -114,6 +116,8 @@ def test_differences_are_paired_by_seed_and_intervals_are_those_of_student(tmp_p
     assert set(c["difference"]["seeds"]) == {"1", "2"} and c["difference"]["mean"] == pytest.approx(0.25)
     text = compare.table(summary)
     assert "+0.250 [+0.250, +0.250]" in text and "x 1.02" in text
+    assert "C (stopped on 1 of 3 seeds)  " in text and "B (stopped" not in text
+    assert len({len(line) for line in text.splitlines()}) == 1, "the columns do not stand under their heads"
 
 
 def test_real_questions_count_once_however_many_seeds_answered_them(tmp_path):
@@ -149,6 +153,50 @@ def test_a_gate_in_an_early_stage_ends_that_method_alone(tmp_path, monkeypatch):
     assert compare.run_entry(asked, asked.entries["a"], 1) == {"stopped": "base collapsed"}
 
 
+# What only the data show, then what is wrong with the machine or the settings.
+@pytest.mark.parametrize("error", [UserError("c.json: not valid JSON"), Fault("no store"), OSError(28, "full")])
+def test_other_errors_end_the_whole_comparison(error, tmp_path, monkeypatch):
+    def fails(run, stage):
+        raise error
+
+    monkeypatch.setattr(compare, "run_stage", fails)
+    with pytest.raises(type(error)):
+        compare.compare(two_entries(tmp_path))
+
+
+def test_an_entry_with_nothing_to_train_on_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
+    asked = two_entries(tmp_path)
+
+    def stage(run, name):
+        if name == "srt":  # as the stage does, with what it has read
+            pipeline.srt_sequences([], pipeline.SRT_STAGES["joint"][0], run.config.srt.data, 1)
+
+    monkeypatch.setattr(compare, "run_stage", stage)
+    monkeypatch.setattr(compare, "spent", lambda run, stages: compare.Ledger())
+    monkeypatch.setattr(compare.Run, "need", lambda run, stage: {"seconds": 1.0})
+    figures = result(tmp_path, "b", [1.0, 0.0], 100)["metrics"]
+    monkeypatch.setattr(compare, "evaluate_stage", lambda run, stage: figures)
+    summary = compare.compare(asked)
+    assert "no revision trace to train on" in summary["methods"]["a"]["seeds"]["1"]["stopped"]
+    assert summary["methods"]["b"]["mean"]["avg@4"] == 0.5
+    assert "stopped on 1 of 1 seeds" in (asked.folder / "report" / "comparison.html").read_text()
+
+
+def test_an_entry_without_budget_for_its_last_stage_is_recorded(tmp_path, monkeypatch):
+    asked = two_entries(tmp_path)
+    monkeypatch.setattr(compare, "run_stage", lambda run, stage: None)
+    monkeypatch.setattr(compare, "spent", lambda run, stages: compare.Ledger(sampled_tokens=asked.budget))
+    stopped = compare.run_entry(asked, Entry("x", "train", ("train.start=srt",), fill=True), 1)["stopped"]
+    assert "tokens are sampled before its last stage" in stopped
+
+
+def two_entries(folder):
+    asked = comparison(f"directory={folder}", f"base.cache_dir={folder}")
+    return dataclasses.replace(
+        asked, entries={"a": Entry("A", "srt"), "b": Entry("B", "base")}, seeds=(1,), reference=""
+    )
+
+
 def test_tuning_tries_every_grid_on_validation_questions():
     asked = comparison()
     grids = {"a": Entry("A", grid=(("train.epochs=1",), ("train.epochs=2",))), "b": Entry("B")}
@@ -163,6 +211,70 @@ def test_tuning_tries_every_grid_on_validation_questions():
     assert "train.epochs=1    (of 0.200, -inf)" in compare.tuned(asked, {"k": 4, "methods": methods})
     with pytest.raises(UserError, match="has a grid"):
         compare.tuning(dataclasses.replace(asked, entries={"b": Entry("B")}))
+
+
+# ---------------------------------------------------------------------------------------------- hashes
+
+REAL = load_config(str(ROOT / "configs" / "gsm8k_tiny.py"))
+ALL = set(runs.BEFORE)
+
+
+def changed(setting, *also, config=REAL):
+    """The stages whose hash a setting changes."""
+    config = override(config, also)
+    one, other = (runs.Run(c) for c in (config, override(config, [setting])))
+    return {stage for stage in runs.BEFORE if one.key(stage) != other.key(stage)}
+
+
+def test_the_test_set_changes_the_evaluation_alone():
+    assert changed("problems.test=other.jsonl") == {"evaluate"}
+    assert changed("problems.test=other.jsonl", "problems.overlap=drop") == ALL  # it shapes the training questions
+    assert changed("problems.train=other.jsonl") == changed("problems.seed=3") == ALL
+    assert changed("problems.data_dir=elsewhere") == set()
+
+
+def test_a_pretrained_base_depends_on_no_questions():
+    for setting in ("problems.train=other.jsonl", "problems.system=Be brief.", "problems.max_prompt_tokens=99"):
+        assert changed(setting, "base.pretrained=there") == ALL - {"base"}
+    assert changed("problems.test=other.jsonl", "base.pretrained=there") == {"evaluate"}
+    assert changed("seed=3", "base.pretrained=there") == ALL
+
+
+def test_a_method_depends_on_what_it_reads():
+    method = lambda name, *settings: (f"train.method={name}", *settings)  # noqa: E731
+    unread = ("health.keep_rate_stop=0.1", "train.objective.guidance=1", "train.replay.pairs=4")
+    for setting in unread:
+        assert "train" not in changed(setting, *method("grpo"))
+        assert "train" in changed(setting, *method("sdzero_hybrid"))
+    assert "train" in changed("health.min_mean_tokens=3", *method("grpo"))
+    assert "train" in changed("train.policy.clip_low=0.1", *method("grpo"))
+    assert "train" not in changed("train.policy.clip_low=0.1", *method("sdzero"))
+    sampling = "evaluate.sampling.temperature=0.5"
+    assert "train" in changed(sampling, *method("grpo", "train.validate_every=8"))
+    assert "train" not in changed(sampling, *method("grpo", "train.validate_every=0"))
+    assert "train" not in changed(sampling, *method("rft", "train.validate_every=8"))  # nothing validates there
+    assert "train" in changed(sampling, *method("sdzero", "train.validate_every=0"))  # its gate samples
+
+
+@pytest.mark.parametrize("base", ["", "there"])
+def test_figures_of_another_test_set_are_not_taken_for_these(base, tmp_path, monkeypatch):
+    folders = []
+
+    def evaluate(path, *_, **__):
+        folders.append(path.parent)
+        return [], {}
+
+    monkeypatch.setattr(pipeline, "evaluate", evaluate)
+    monkeypatch.setattr(pipeline, "write_json_atomic", lambda *_: None)
+    for name in ("sampler", "params"):
+        monkeypatch.setattr(runs.Run, name, lambda *_: (None, None))
+    problems = property(lambda run: SimpleNamespace(questions=lambda *_: []))
+    monkeypatch.setattr(runs.Run, "problems", problems)
+    monkeypatch.setattr(runs.Run, "domain", None)
+    plain = [f"run_dir={tmp_path}", f"base.pretrained={base}"]
+    for more in ("problems.data_dir=elsewhere", "problems.test=other.jsonl", "evaluate.k=3", "problems.data_dir=here"):
+        pipeline.evaluate_stage(runs.Run(override(REAL, [*plain, more])), "base")
+    assert folders[0] == folders[3] and len(set(folders)) == 3
 
 
 # ------------------------------------------------------------------------------------------ whole runs

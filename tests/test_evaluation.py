@@ -69,7 +69,8 @@ def test_alternatives_are_the_likeliest_tokens_of_both_sides():
     student, teacher = student_and_teacher()
     phrases = {1.0: (28,), 0.0: (26, 27)}
     rollouts = ROLLOUTS[:3]
-    tops = top_alternatives(MODEL, student, teacher, rollouts, domain(), LAYOUT, count=2)
+    tops = top_alternatives(MODEL, student, teacher, rollouts, domain(), LAYOUT, batch_size=2, count=2)
+    assert len(tops) == 3  # in batches of two
     for found, source, (context, _, response) in zip(tops, rollouts, ROWS):
         first = response[:-1] if response[-1] == EOS else response
         revised = [*source.prompt_ids, *first, *phrases[source.verdict.reward]]

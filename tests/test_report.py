@@ -5,8 +5,10 @@ import re
 
 import numpy as np
 import pytest
+from test_comparison_report import fake
 
-from sdzero_jax.analysis import localisation, page, plots, run_data, write_report
+import run as command
+from sdzero_jax.analysis import folders, localisation, page, plots, run_data, write_report, write_reports
 from sdzero_jax.errors import UserError
 from sdzero_jax.files import append_jsonl, write_json_atomic
 
@@ -297,6 +299,96 @@ def test_an_unfinished_run_takes_results_from_the_evaluations(tmp_path):
     assert reader.cells["base", "avg@8"] == ["0.25", "0.250"]
     assert reader.cells["base", "mean_tokens"] == [None, "–"]
     assert reader.cells["grpo", "avg@8"] == [None, "nan"]
+
+
+LEDGERS = {
+    "collect": {"questions": 1024, "generations": 2048, "sampled_tokens": 49213, "verifier_calls": 2048},
+    "srt": {"student_tokens": 60001},
+    "train": {"questions": 96, "generations": 384, "sampled_tokens": 9001, "student_tokens": 11002,
+              "teacher_tokens": 22003, "verifier_calls": 383},
+}  # fmt: skip
+MODEL = {"vocab_size": 20, "hidden_size": 6, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4,
+         "intermediate_size": 10}  # fmt: skip
+
+
+def make_train_run(directory, rewards=((1.0, 0.0), (1.0, 1.0)), prompt="1+1=", method="grpo"):
+    """What `run.py train` leaves: one method's rounds and ledgers, and two models evaluated under hashes."""
+    write_json_atomic(directory / "config.json", {"name": "alone", "model": MODEL, "train": {"method": method}})
+    append_jsonl(directory / "train" / "round_1" / "metrics.jsonl", training_rows(64, 0.4, 0.6, (24, 20), RNG))
+    for stage, ledger in LEDGERS.items():
+        write_json_atomic(directory / stage / "done.json", {"ledger": ledger, "key": "x", "seconds": 12.5})
+    for name, avg in (("base", 0.25), ("train", 0.75)):
+        folder = directory / f"evaluate-{name[::-1]}0"
+        write_json_atomic(folder / "metrics.json", {"model": name, "avg@2": avg, "pass@2": 0.8,
+                                                    "pass@2_interval": [0.61, 0.92], "mean_tokens": 20.0})  # fmt: skip
+        rows = [sample(q, RNG) | {"question_id": str(q), "prompt": prompt, "reward": r}
+                for q, own in enumerate(rewards) for r in own]  # fmt: skip
+        append_jsonl(folder / "responses.jsonl", [*rows, {"closes": 0}])
+    return directory
+
+
+RNG = np.random.default_rng(5)
+
+
+def test_a_method_alone_has_its_curves_figures_budget_and_samples(tmp_path):
+    path = write_report(make_train_run(tmp_path))
+    reader = Reader(path.read_text(encoding="utf-8"))
+    assert "figure-curves_train" in {attrs.get("id") for tag, attrs in reader.tags if tag == "figure"}
+    assert (path.parent / "curves_train.png").exists()
+    assert reader.cells["train", "avg@2"] == ["0.75", "0.750"] and reader.cells["base", "avg@2"] == ["0.25", "0.250"]
+    assert reader.cells["train", "pass@2"][1] == "0.800[0.610, 0.920]"
+    text = " ".join("".join(reader.text).split())
+    assert "train (grpo)" in text and "38 s in all" in text and "question 0, sample 0" in text
+    # 2 weights' products per token, 3 times that in training: by hand for collect, srt and all of them.
+    weights = 2 * (6 * 4 * (2 * 2 + 2 * 1) + 3 * 6 * 10) + 20 * 6
+    flops = {"collect": 2 * weights * 49213, "srt": 6 * weights * 60001}
+    flops["train"] = 2 * weights * (9001 + 3 * 11002 + 22003)
+    flops["all"] = sum(flops.values())
+    for stage, wanted in flops.items():
+        assert float(reader.cells[stage, "flops"][0]) == pytest.approx(wanted)
+    assert reader.cells["all", "sampled_tokens"] == [str(49213 + 9001), "58,214"]
+    assert reader.cells["train", "verifier_calls"] == ["383", "383"]
+    markdown = (path.parent / "summary.md").read_text()
+    assert "| stage | questions | generations | sampled tokens |" in markdown
+    assert "| train | 96 | 384 | 9,001 | 11,002 | 22,003 | 383 |" in markdown
+    assert "| train (grpo) | 0.750 | 0.800 [0.610, 0.920] |" in markdown
+
+
+def test_a_ledger_of_another_model_has_no_flops_and_none_says_so(tmp_path):
+    write_json_atomic(tmp_path / "config.json", {"model": {"layers": 2}})
+    assert "budget" in write_report(tmp_path).read_text()
+    write_json_atomic(tmp_path / "train" / "done.json", {"ledger": LEDGERS["train"]})
+    cells = Reader(write_report(tmp_path).read_text()).cells
+    assert (
+        cells["train", "questions"] == ["96", "96"]
+        and ("train", "flops") not in cells
+        and not any(model == "all" for model, _ in cells)
+    )
+
+
+def test_two_runs_are_compared_question_by_question(tmp_path):
+    one = make_train_run(tmp_path / "one", [[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [None, None]])
+    two = make_train_run(tmp_path / "two", [[1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]], method="rft")
+    lines = write_reports([one, two])
+    assert [line for line in lines if line.endswith(".html")] == lines[:2]
+    row = next(line for line in lines if line.startswith("train"))
+    # 0.5, 1, 0 against 1, 0.5, 1 on the three questions with verdicts on both sides, and 1 on the fourth.
+    name, first, second, gap, low, high = row.replace("[", "").replace("]", "").replace(",", "").split()
+    assert (name, first, second, gap) == ("train", "0.500", "0.875", "+0.333")
+    assert -0.5 <= float(low) < 0.333 < float(high) <= 1.0
+    other = make_train_run(tmp_path / "other", [[1.0, 1.0]] * 4, prompt="2+2=")
+    assert "other questions" in write_reports([one, other])[-1]
+    assert len(write_reports([one])) == 1 and len(write_reports([one, two, other])) == 3
+
+
+def test_the_report_of_a_comparison_is_written_again(tmp_path, capsys):
+    write_json_atomic(tmp_path / "comparison.json", fake())
+    assert command.main(["report", str(tmp_path)]) == 0
+    path = tmp_path / "report" / "comparison.html"
+    assert capsys.readouterr().out.strip() == str(path)
+    assert "GRPO" in path.read_text()
+    run = make_train_run(tmp_path / "run")
+    assert folders.write_reports([tmp_path, run]) == [str(path), str(run / "report" / "report.html")]
 
 
 def test_what_is_not_a_run_directory(tmp_path):

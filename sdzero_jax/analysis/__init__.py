@@ -1,6 +1,7 @@
 """What a run showed: localisation of errors, figures and the HTML reports."""
 
-from sdzero_jax.analysis.comparison import write_comparison
+from sdzero_jax.analysis.comparison import stopped_label, write_comparison
+from sdzero_jax.analysis.folders import write_reports
 from sdzero_jax.analysis.localisation import (
     around_first_error,
     auroc,
@@ -17,7 +18,9 @@ __all__ = [
     "buckets",
     "concentration",
     "localisation_summary",
+    "stopped_label",
     "top_hit_rate",
     "write_comparison",
     "write_report",
+    "write_reports",
 ]

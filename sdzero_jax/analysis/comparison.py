@@ -125,7 +125,7 @@ def results_table(summary: Summary) -> Table:
         if first.value is not None:
             first = first._replace(below=(_bracket(method["interval"], "{:.3f}"),))
         difference = Cell("reference") if name == reference else _difference(method["difference"])
-        rows.append((name, _label(method), [first, *others, difference, Cell(budget_mark(method))]))
+        rows.append((name, stopped_label(method), [first, *others, difference, Cell(budget_mark(method))]))
     note = (
         "Means over the seeds that finished. Brackets: 95% t-interval over seeds; for the difference, which is paired "
         f"by seed, also the 95% bootstrap interval over all seeds' questions. avg@{k}, pass@{k}, maj@{k}: mean "
@@ -143,7 +143,7 @@ def revision_table(summary: Summary) -> Table:
     names = {f"avg@{summary['k']}": f"first accuracy (avg@{summary['k']})", "revised_accuracy": "revised accuracy",
              "correction_rate": "correction rate", "keep_rate": "keep rate", "mean_tokens": "first tokens",
              "revised_tokens": "revised tokens"}  # fmt: skip
-    rows = [(name, _label(method), _means(method["mean"], names)) for name, method in summary["methods"].items()]
+    rows = [(name, stopped_label(method), _means(method["mean"], names)) for name, method in summary["methods"].items()]
     note = "Each model revises its own first attempts, and reads whether they were right: not what one can deploy."
     return Table("revision", "Generate, then revise", list(names.values()), rows, note)
 
@@ -205,7 +205,7 @@ def ledger_table(summary: Summary) -> Table:
         seconds = [run["seconds"] for run in method["seeds"].values() if is_number(run.get("seconds"))]
         cells = [_cell(method["ledger"].get(key), "{:,.0f}") for key in LEDGER]
         cells += [_cell(method["ledger"].get("flops"), "{:.2e}"), _cell(seconds and np.mean(seconds), "{:,.1f}")]
-        rows.append((name, _label(method), cells))
+        rows.append((name, stopped_label(method), cells))
     note = (
         "Means over the seeds that finished. What two methods share is counted in both. Sampling for gates and "
         "validation, which no method learns from, is left out. Seconds: wall clock of the stages after the base model."
@@ -220,7 +220,7 @@ def budget_mark(method: Method) -> str:
 
 
 def stop_sentences(summary: Summary) -> list[str]:
-    """Which methods a health gate stopped, on which seeds, and why."""
+    """Which methods a gate or a lack of data stopped, on which seeds, and why."""
     sentences = []
     for method in summary["methods"].values():
         stops = [f"seed {seed}: {run['stopped']}" for seed, run in method["seeds"].items() if "stopped" in run]
@@ -229,7 +229,8 @@ def stop_sentences(summary: Summary) -> list[str]:
     return sentences
 
 
-def _label(method: Method) -> str:
+def stopped_label(method: Method) -> str:
+    """What tables call a method, with the number of seeds that it did not finish."""
     stopped = sum("stopped" in run for run in method["seeds"].values())
     return f"{method['label']} (stopped on {stopped} of {len(method['seeds'])} seeds)" if stopped else method["label"]
 

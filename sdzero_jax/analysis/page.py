@@ -91,6 +91,7 @@ def build_page(run: RunData, pictures: Mapping[str, Picture]) -> str:
         ("localisation", "Where the KL falls", _localisation(run, pictures)),
         ("tokens", "Token by token", _token_viewer(run.examples)),
         ("samples", "Generate, then revise", _samples(run)),
+        ("budget", "Budget", _budget(run)),
         ("time", "Seconds per stage", _seconds(run, pictures)),
         ("configuration", "Configuration", _configuration(run.config)),
     )
@@ -136,7 +137,7 @@ def describe(run: RunData) -> str:
     facts = []
     if is_number(run.summary.get("seed")):
         facts.append(f"seed {run.summary['seed']}")
-    seconds = [value for value in (run.summary.get("seconds") or {}).values() if is_number(value)]
+    seconds = [value for value in run.seconds.values() if is_number(value)]
     if seconds:
         facts.append(f"{sum(seconds):,.0f} s in all")
     if facts:
@@ -147,9 +148,9 @@ def describe(run: RunData) -> str:
 def _results(run: RunData, pictures: Mapping[str, Picture]) -> str:
     shown = columns(run.k)
     heads = "".join(f'<th scope="col">{escape(column.heading)}</th>' for column in shown)
-    body = "\n".join(_result_row(row, shown, run.k) for row in run.rows)
+    body = "\n".join(_result_row(row, shown) for row in run.rows)
     legend = "".join(f"<dt>{escape(c.heading)}</dt><dd>{escape(c.meaning)}</dd>" for c in shown)
-    interval = any(interval_of(row, run.k) for row in run.rows)
+    interval = any(interval_of(row, column.key) for row in run.rows for column in shown)
     note = "Brackets: 95% bootstrap interval over questions. " if interval else ""
     return (
         '<div class="scroll"><table class="results">\n'
@@ -161,7 +162,7 @@ def _results(run: RunData, pictures: Mapping[str, Picture]) -> str:
     )
 
 
-def _result_row(row: ResultRow, shown: Sequence[Column], k: int) -> str:
+def _result_row(row: ResultRow, shown: Sequence[Column]) -> str:
     start = f'<tr data-model="{escape(row.name)}"><th scope="row">{escape(row.label)}</th>'
     if not row.values:
         reason = f": {escape(row.note)}" if row.note else ""
@@ -170,17 +171,16 @@ def _result_row(row: ResultRow, shown: Sequence[Column], k: int) -> str:
     for column in shown:
         value = row.values.get(column.key)
         text = format_value(value, column.form)
-        interval = interval_of(row, k) if column.key == f"avg@{k}" else None
-        if interval:
+        if interval := interval_of(row, column.key):
             text += f'<span class="interval">[{interval[0]:.3f}, {interval[1]:.3f}]</span>'
         exact = f' data-value="{value!r}"' if is_number(value) else ""
         cells.append(f'<td data-key="{escape(column.key)}"{exact}>{text}</td>')
     return f"{start}{''.join(cells)}</tr>"
 
 
-def interval_of(row: ResultRow, k: int) -> tuple[float, float] | None:
-    """The 95% interval of avg@k, if the evaluation has one."""
-    interval = row.values.get(f"avg@{k}_interval")
+def interval_of(row: ResultRow, key: str) -> tuple[float, float] | None:
+    """The 95% interval of a figure, if the evaluation has one."""
+    interval = row.values.get(f"{key}_interval")
     if isinstance(interval, (list, tuple)) and len(interval) == 2 and all(map(is_number, interval)):
         return interval[0], interval[1]
     return None
@@ -402,9 +402,29 @@ def _clip(text: Any) -> str:
     return f'{escape(text[:TEXT_SHOWN])}<span class="cut"> … {len(text) - TEXT_SHOWN:,} more characters</span>'
 
 
+def ledger_form(name: str) -> str:
+    """The format of a ledger's column: whole counts, FLOPs by their size."""
+    return "{:.2e}" if name == "flops" else "{:,.0f}"
+
+
+def _budget(run: RunData) -> str:
+    """What each stage spent, as it recorded itself."""
+    if not run.ledgers:
+        return NOT_RUN
+    names = list(next(iter(run.ledgers.values())))
+    heads = "".join(f'<th scope="col">{escape(LEDGER_HEADS.get(name, name.replace("_", " ")))}</th>' for name in names)
+    rows = []
+    for stage, spent in run.ledgers.items():
+        cells = (f'<td data-key="{n}" data-value="{spent[n]!r}">{ledger_form(n).format(spent[n])}</td>' for n in names)
+        rows.append(f'<tr data-model="{escape(stage)}"><th scope="row">{escape(stage)}</th>{"".join(cells)}</tr>\n')
+    return (
+        f'<div class="scroll"><table class="results"><thead><tr><th scope="col">stage</th>{heads}</tr></thead>\n'
+        f'<tbody>\n{"".join(rows)}</tbody></table></div>\n<p class="note">{LEDGER_NOTE}</p>\n'
+    )
+
+
 def _seconds(run: RunData, pictures: Mapping[str, Picture]) -> str:
-    seconds = run.summary.get("seconds") or {}
-    rows = [(name, format_value(value, "{:,.1f}"), value) for name, value in seconds.items()]
+    rows = [(name, format_value(value, "{:,.1f}"), value) for name, value in run.seconds.items()]
     return figure(pictures.get("seconds")) + two_columns(rows) if rows else NOT_RUN
 
 
@@ -448,6 +468,11 @@ def figure(picture: Picture | None) -> str:
     )
 
 
+LEDGER_HEADS = {"flops": "FLOPs"}
+LEDGER_NOTE = (
+    "Student and teacher tokens are those read in training, prompts included. Sampling for gates, validation and "
+    "evaluation, which no method learns from, is left out, and so is training the base model."
+)
 NOT_RUN = '<p class="missing">not run</p>'
 
 STYLE = """

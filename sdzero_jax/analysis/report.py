@@ -1,7 +1,7 @@
 """Writes a run's report: one HTML page that needs no network and no server, PNG figures, summary.md.
 
 It reads the run directory and nothing else, so a report can be made again, or of a run copied from
-another machine. Leaves out comparing runs.
+another machine. Leaves out comparing runs (`folders`).
 """
 
 import os
@@ -11,12 +11,15 @@ from typing import Any
 
 from sdzero_jax.analysis import plots
 from sdzero_jax.analysis.page import (
+    LEDGER_HEADS,
+    LEDGER_NOTE,
     Picture,
     build_page,
     columns,
     describe,
     format_value,
     interval_of,
+    ledger_form,
     run_name,
     verdict_on_kl,
 )
@@ -90,8 +93,8 @@ def draw_pictures(run: RunData) -> dict[str, Picture]:
         ),
         (
             "seconds",
-            lambda figure, theme: plots.draw_seconds(figure, theme, run.summary.get("seconds") or {}),
-            0.8 + 0.3 * len(run.summary.get("seconds") or {}),
+            lambda figure, theme: plots.draw_seconds(figure, theme, run.seconds),
+            0.8 + 0.3 * len(run.seconds),
             "Wall-clock seconds per stage.",
         ),
     ]
@@ -104,24 +107,30 @@ def draw_pictures(run: RunData) -> dict[str, Picture]:
 
 
 def summary_markdown(run: RunData) -> str:
-    """The result table and the localisation verdict in Markdown."""
+    """The result table, the localisation verdict and the budget in Markdown."""
     shown = columns(run.k)
     lines = [f"# SD-Zero run: {plain(run_name(run))}", "", plain(describe(run)), ""]
     lines.append("| model | " + " | ".join(column.heading for column in shown) + " |")
     lines.append("|---" * (len(shown) + 1) + "|")
     for row in run.rows:
         cells = [format_value(row.values.get(column.key), column.form) for column in shown]
-        interval = interval_of(row, run.k)
-        if interval:
-            cells[0] += f" [{interval[0]:.3f}, {interval[1]:.3f}]"
+        for index, column in enumerate(shown):
+            if interval := interval_of(row, column.key):
+                cells[index] += f" [{interval[0]:.3f}, {interval[1]:.3f}]"
         if not row.values:
             cells = ["not run" + (f": {plain(row.note)}" if row.note else "")] + [""] * (len(shown) - 1)
         lines.append(f"| {plain(row.label)} | " + " | ".join(cells) + " |")
     if run.localisation:
         lines += ["", verdict_on_kl(run.localisation)]
-    seconds = run.summary.get("seconds") or {}
-    if seconds:
-        items = (f"{plain(name)} {format_value(value, '{:,.1f}')}" for name, value in seconds.items())
+    if run.ledgers:
+        names = list(next(iter(run.ledgers.values())))
+        lines += ["", f"| stage | {' | '.join(LEDGER_HEADS.get(name, name.replace('_', ' ')) for name in names)} |"]
+        lines.append("|---" * (len(names) + 1) + "|")
+        for stage, spent in run.ledgers.items():
+            lines.append(f"| {stage} | {' | '.join(ledger_form(name).format(spent[name]) for name in names)} |")
+        lines += ["", LEDGER_NOTE]
+    if run.seconds:
+        items = (f"{plain(name)} {format_value(value, '{:,.1f}')}" for name, value in run.seconds.items())
         lines += ["", f"Seconds per stage: {', '.join(items)}."]
     return "\n".join(lines) + "\n"
 
@@ -134,7 +143,7 @@ def _bars(row: ResultRow, k: int) -> Mapping[str, Any]:
     names = {"avg": f"avg@{k}", "pass": f"pass@{k}"}
     names |= {name: name for name in ("mean_tokens", "correction_rate", "keep_rate")}
     values = {name: row.values.get(key) for name, key in names.items()}
-    return {"label": row.label, "interval": interval_of(row, k), **values}
+    return {"label": row.label, "interval": interval_of(row, f"avg@{k}"), **values}
 
 
 def plain(text: str) -> str:

@@ -13,14 +13,18 @@ from typing import Any
 from sdzero_jax.analysis.plots import is_number
 from sdzero_jax.errors import UserError
 from sdzero_jax.files import read_json
+from sdzero_jax.ledger import Ledger
 from sdzero_jax.metrics import FILE_NAME, read_metrics
+from sdzero_jax.models import DecoderConfig
 
 MODELS = {"base": "base", "srt": "SRT", "sdzero": "SD-Zero", "sdzero_sync": "SD-Zero + sync"}
 PHASES = {
     "base": "Base model",
     "srt": "Self-Revision Training (SRT)",
     "distill": "Self-distillation (phase 2)",
+    "train": "One method alone (train)",
 }
+STAGES = ("base", "collect", "srt", "distill", "train", "evaluate", "localise")
 # How many samples of each (first verdict, verdict after revision) a report shows per model.
 PAIRS_SHOWN = {(0, 1): 3, (1, 1): 1, (0, 0): 1, (1, 0): 1}
 
@@ -43,6 +47,9 @@ class RunData:
     config: Mapping[str, Any]
     summary: Mapping[str, Any]
     rows: tuple[ResultRow, ...]
+    responses: Mapping[str, Path]  # name of an evaluated model -> its responses
+    ledgers: Mapping[str, Mapping[str, float]]  # stage -> what it spent, FLOPs where the model is known
+    seconds: Mapping[str, float]  # stage -> wall clock
     k: int  # of avg@k
     phases: Mapping[str, list[list[dict[str, Any]]]]  # phase -> rounds -> metric rows
     collect: Mapping[str, Any]
@@ -58,34 +65,70 @@ def load_run(run_dir: Path) -> RunData:
         raise UserError(f"{run_dir}: no such run directory")
     config = _optional(run_dir / "config.json")
     summary = _optional(run_dir / "summary.json")
-    evaluations = {
-        path.stem: _optional(path) for path in sorted((run_dir / "evaluate").glob("*.json")) if path.stem != "done"
-    }
+    evaluations, responses = _evaluations(run_dir)
+    done = {stage: record for stage in STAGES if (record := _optional(run_dir / stage / "done.json"))}
     located = _optional(run_dir / "localise" / "localisation.json")
     phases = {phase: _rounds(run_dir, phase) for phase in PHASES}
     collect = _optional(run_dir / "collect" / "summary.json")
     if not (config or summary or evaluations or collect or any(phases.values())):
         raise UserError(f"{run_dir}: not a run directory; expected config.json, summary.json or the folder of a stage")
-    rows = _result_rows(summary, evaluations)
+    rows = _result_rows(config, summary, evaluations)
+    seconds = {stage: record["seconds"] for stage, record in done.items() if is_number(record.get("seconds"))}
     return RunData(
         directory=run_dir,
         config=config,
         summary=summary,
         rows=tuple(rows),
+        responses=responses,
+        ledgers=_ledgers(done, config.get("model")),
+        seconds=(summary.get("seconds") or {}) | seconds,
         k=_find_k(rows),
         phases=phases,
         collect=collect,
         localisation=located.get("summary") or summary.get("localisation") or {},
         examples=tuple(located.get("examples") or ()),
-        pairs={row.label: sample_pairs(run_dir / "evaluate" / f"{row.name}.jsonl") for row in rows},
+        pairs={row.label: sample_pairs(responses[row.name]) for row in rows if row.name in responses},
     )
+
+
+def _evaluations(run_dir: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Path]]:
+    """Model -> its metrics, and -> the file of its responses: of the stage `evaluate`, and of a model alone.
+
+    The latter lie under a hash, and say themselves which model they are of.
+    """
+    found = {}
+    for path in sorted(run_dir.glob("evaluate-*/metrics.json")):
+        metrics = _optional(path)
+        if isinstance(name := metrics.get("model"), str):
+            found[name] = metrics, path.with_name("responses.jsonl")
+    for path in sorted((run_dir / "evaluate").glob("*.json")):
+        if path.stem != "done":
+            found[path.stem] = _optional(path), path.with_suffix(".jsonl")
+    return {name: metrics for name, (metrics, _) in found.items()}, {name: path for name, (_, path) in found.items()}
+
+
+def _ledgers(done: Mapping[str, Mapping[str, Any]], model: Any) -> dict[str, dict[str, float]]:
+    """What each finished stage recorded of its spending, and "all" of them together."""
+    names = [field.name for field in dataclasses.fields(Ledger)]
+    own = {
+        stage: Ledger(**{name: record["ledger"].get(name, 0) for name in names})
+        for stage, record in done.items()
+        if isinstance(record.get("ledger"), dict)
+    }
+    if len(own) > 1:
+        own["all"] = sum(own.values(), Ledger())
+    try:
+        shape = DecoderConfig(**model)
+    except (TypeError, UserError):  # no config, or one of another version
+        return {stage: dataclasses.asdict(ledger) for stage, ledger in own.items()}
+    return {stage: dataclasses.asdict(ledger) | {"flops": ledger.flops(shape)} for stage, ledger in own.items()}
 
 
 def sample_pairs(path: Path) -> list[dict[str, Any]]:
     """The first few rows of each kind (see `PAIRS_SHOWN`); two plain rows if nothing was revised."""
     found: dict[tuple[int, int], list[dict[str, Any]]] = {kind: [] for kind in PAIRS_SHOWN}
     plain: list[dict[str, Any]] = []
-    for row in _json_lines(path):
+    for row in json_lines(path):
         kind = (row.get("reward"), row.get("revised_reward"))
         if row.get("revised_response") is None:
             plain = [*plain, row][:2]
@@ -113,14 +156,18 @@ def _rounds(run_dir: Path, phase: str) -> list[list[dict[str, Any]]]:
     return [rows for rows in (read_metrics(path) for path in paths if path.exists()) if rows]
 
 
-def _result_rows(summary: Mapping[str, Any], evaluations: Mapping[str, Any]) -> list[ResultRow]:
+def _result_rows(
+    config: Mapping[str, Any], summary: Mapping[str, Any], evaluations: Mapping[str, Any]
+) -> list[ResultRow]:
     """The four models of the method first, then any other model that was evaluated."""
     others = [name for name, value in {**summary, **evaluations}.items() if name not in MODELS and _is_result(value)]
-    rows = []
+    rows, labels = [], dict(MODELS)
+    if isinstance(trained := config.get("train"), dict):
+        labels["train"] = f"train ({trained.get('method')})"
     for name in [*MODELS, *others]:
         values = {**evaluations.get(name, {}), **(summary.get(name) or {})}
         note = "" if values else str(summary.get(f"{name}_reason") or "")
-        rows.append(ResultRow(name, MODELS.get(name, name), values, note))
+        rows.append(ResultRow(name, labels.get(name, name), values, note))
     return rows
 
 
@@ -141,7 +188,7 @@ def _find_k(rows: list[ResultRow]) -> int:
     )
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The readable rows of a large file, one at a time; samples do not need the unreadable ones."""
     if not path.exists():
         return

@@ -66,26 +66,28 @@ def top_alternatives(
     domain: Domain,
     layout: DistillLayout,
     *,
+    batch_size: int,
     count: int = 3,
     mesh=None,
 ) -> list[dict[str, list]]:
     """What either side would rather have said: per rollout {"top_student", "top_teacher"}: [T][count] of [token, p]."""
-    if not rollouts:
-        return []
-    rows = sharding.batch_devices(mesh) if mesh is not None else 1
-    _, arrays = _padded(rollouts, -(-len(rollouts) // rows) * rows, domain, layout, mesh)
-    with sharding.use(mesh):
-        tops = sharding.fetch(top_batch(model, student, teacher, arrays, count))
-    return [
-        {
-            f"top_{side}": [
-                [[domain.tokenizer.decode([int(i)]) or "<eos>", round(float(p), 4)] for p, i in zip(*pair)]
-                for pair in zip(*(leaf[row, : len(rollout.response_ids)] for leaf in tops[side]))
-            ]
-            for side in ("student", "teacher")
-        }
-        for row, rollout in enumerate(rollouts)
-    ]
+    records = []
+    for start in range(0, len(rollouts), batch_size):
+        part = list(rollouts[start : start + batch_size])
+        _, arrays = _padded(part, batch_size, domain, layout, mesh)
+        with sharding.use(mesh):
+            tops = sharding.fetch(top_batch(model, student, teacher, arrays, count))
+        records += [
+            {
+                f"top_{side}": [
+                    [[domain.tokenizer.decode([int(i)]) or "<eos>", round(float(p), 4)] for p, i in zip(*pair)]
+                    for pair in zip(*(leaf[row, : len(rollout.response_ids)] for leaf in tops[side]))
+                ]
+                for side in ("student", "teacher")
+            }
+            for row, rollout in enumerate(part)
+        ]
+    return records
 
 
 def localisation_records(
