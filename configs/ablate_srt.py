@@ -21,9 +21,9 @@ def grid(*values: str) -> tuple[tuple[str, ...], ...]:
 TUNED = {
     "joint": ("2e-3", compare_paper.SRT_RATES),
     "generation": ("2e-3", compare_paper.SRT_RATES),
-    "revision": ("5e-4", grid("1.25e-4", "2.5e-4", "5e-4", "1e-3")),
-    "two_stage": ("2e-3", compare_paper.SRT_RATES),
-    "compact": ("2e-3", compare_paper.SRT_RATES),
+    "revision": ("2.5e-4", grid("1.25e-4", "2.5e-4", "5e-4", "1e-3")),
+    "two_stage": ("5e-4", grid("2.5e-4", "5e-4", "1e-3", "2e-3")),
+    "compact": ("4e-3", compare_paper.SRT_RATES),
 }
 ENTRIES = {
     f"srt_{mode}": Entry(

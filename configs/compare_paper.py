@@ -46,6 +46,10 @@ BOLD = ("train.optimizer.clip_norm=1.0", "train.optimizer.warmup_fraction=0.05")
 SUPERVISED = ("train.batch_size=64", *BOLD)
 GRPO = ("train.method=grpo", "train.samples=4", "train.batch_size=64", "train.updates=2", *BOLD)
 REINFORCE = ("train.method=reinforce", "train.samples=1", "train.batch_size=64", "train.updates=2", *BOLD)
+SDFT = (
+    "train.method=sdft", "train.samples=1", "train.objective.divergence=forward_kl",
+    "train.teacher.schedule=ema", "train.teacher.ema_rate=0.01",
+)  # fmt: skip
 SDZERO = ("train.start=srt", "train.method=sdzero", "train.samples=1")
 GUIDED = (
     "srt.data.mode=compact", "train.start=srt", "train.samples=1",
@@ -62,9 +66,7 @@ ENTRIES = {
     "sft": method("SFT", "train.method=sft", *SUPERVISED, rate="2e-3", grid=OTHER_RATES, fill=False),
     "rft": method("RFT", "train.method=rft", *SUPERVISED, rate="2e-3", grid=OTHER_RATES, fill=False),
     "grpo": method("GRPO", *GRPO, rate="5e-4", grid=REWARD_RATES),
-    "sdft": method(
-        "SDFT", "train.method=sdft", "train.samples=1", "train.objective.divergence=forward_kl", rate="8e-4"
-    ),
+    "sdft": method("SDFT", *SDFT, rate="4e-4"),
     "srt": Entry("SRT", "srt", ("srt.optimizer.learning_rate=2e-3",), grid=SRT_RATES),
     "srt_budget": Entry(
         "SRT at full budget", "srt", ("collect.responses=2", "srt.optimizer.learning_rate=2e-3"), grid=SRT_RATES
