@@ -5,7 +5,7 @@ python run.py configs/NAME.py a.b=c      the whole pipeline of a config, with se
 python run.py STAGE configs/NAME.py ...  one stage: base, collect, srt, distill, evaluate, localise
 python run.py train configs/NAME.py ...  any method alone: train.method=grpo, rft, sdft, ...
 python run.py compare configs/NAME.py    methods side by side at equal sampled tokens, over seeds
-python run.py report RUN [RUN ...]       writes the report of finished or unfinished runs again
+python run.py report RUN [RUN ...]       writes the report of runs or comparisons again; two runs: their difference
 python run.py doctor [configs/NAME.py]   what is installed, which devices there are, what runs where
 python run.py verify FILE                grades a JSON-lines file of responses: mathematics or programs
 python run.py data prepare NAME          a named problem set, from the hub or from a folder (--from DIR)
@@ -25,10 +25,17 @@ STAGES = ("base", "collect", "srt", "distill", "train", "evaluate", "localise")
 COMMANDS = ("demo", "pipeline", *STAGES, "compare", "report", "doctor", "verify", "data", "convert")
 
 
+_LESS_MEMORY = (
+    "what was saved stays. Raise srt.microbatches, distill.microbatches or train.microbatches, set model.remat=full or "
+    "offload, or lower base.batch_size or sampler.slots, and add --fork; `python run.py doctor CONFIG` says what takes "
+    "how much"
+)
+
+
 def main(argv: list[str]) -> int:
     """Runs one subcommand and returns the exit status."""
     from sdzero_jax import hosts
-    from sdzero_jax.errors import Fault, HealthStop, Stopped, UserError, full_disk
+    from sdzero_jax.errors import Fault, HealthStop, Stopped, UserError, full_disk, out_of_memory
 
     try:
         return dispatch(argv)
@@ -54,6 +61,8 @@ def main(argv: list[str]) -> int:
         elif hosts.lost(error):
             again = "the same command, on all hosts, goes on from the last save"
             print(f"stopped: another process of this run is gone ({detail}); {again}", file=sys.stderr)
+        elif out_of_memory(error):
+            print(f"stopped: out of device memory ({detail}); {_LESS_MEMORY}", file=sys.stderr)
         elif hosts.count() > 1:
             traceback.print_exc()
         else:
@@ -142,8 +151,8 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings; seeds=, budget=, only=, directory=")
     compare.add_argument("--tune", action="store_true", help="try every entry's grid on validation questions instead")
     compare.set_defaults(function=compare_methods)
-    report = commands.add_parser("report", help="write the report of runs again")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
+    report = commands.add_parser("report", help="write the report of runs or comparisons again")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or folder of a comparison")
     report.set_defaults(function=write_reports)
     doctor = commands.add_parser("doctor", help="versions, devices, memory, what runs where")
     doctor.add_argument("config", nargs="?", default=DEMO)
@@ -203,7 +212,9 @@ def run_stages(arguments) -> int:
     signals.install()  # after it: jax takes SIGTERM for itself
     with runs.open_run(config, arguments.stage, arguments.fork) as run:
         if arguments.stage:
-            pipeline.run_stage(run, arguments.stage)
+            result = pipeline.run_stage(run, arguments.stage)
+            if arguments.stage == "evaluate":
+                hosts.show(pipeline.table(result["models"]))
             if arguments.stage == "train":
                 hosts.show(pipeline.table({run.config.train.method: pipeline.evaluate_stage(run, "train")}))
         else:
@@ -229,11 +240,10 @@ def compare_methods(arguments) -> int:
 
 
 def write_reports(arguments) -> int:
-    from sdzero_jax import stores
-    from sdzero_jax.analysis import write_report
+    from sdzero_jax import analysis, stores
 
-    for run in arguments.runs:
-        print(write_report(stores.local(run)))  # of a run on a store: in its mirror here, the store stays as it is
+    # Of a run on a store: in its mirror here, the store stays as it is.
+    print("\n".join(analysis.write_reports([stores.local(run) for run in arguments.runs])))
     return 0
 
 

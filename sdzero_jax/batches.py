@@ -32,6 +32,9 @@ class ScoredSequence:
     weights: tuple[float, ...]
 
 
+NOTHING = ScoredSequence((0,), (0.0,))  # fills a batch up to its number of rows
+
+
 @dataclasses.dataclass(frozen=True)
 class SrtTargets:
     """Weights of the two terms of L_SRT = L_revision + L_generation."""

@@ -66,13 +66,18 @@ def fill(
     Args:
       make: (number of the chunk, its items) -> (records, counts of its closing record).
       figures: what the progress line shows after a chunk.
-    Raises Stopped between two chunks on a signal.
+    Raises Stopped on a signal; a chunk that was begun is made again.
     """
     starts = range(0, len(items), size)
     with Progress(name, len(items), min(log.done * size, len(items)), "q") as bar:
         for number in range(log.done, len(starts)):
+            written = f"{name}: {number} of {len(starts)} chunks are written"
             if signum := signals.requested():
-                raise Stopped(signum, f"{name}: {number} of {len(starts)} chunks are written")
+                raise Stopped(signum, written)
             part = items[starts[number] : starts[number] + size]
-            log.append(*make(number, part))
+            try:
+                records, counts = make(number, part)
+            except Stopped as stop:
+                raise Stopped(stop.signum, written) from None
+            log.append(records, counts)
             bar.update(len(part), figures())

@@ -6,7 +6,7 @@ The file is append-only and a chunk of questions is the unit of restart.
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from sdzero_jax.batches import strip_end
@@ -81,6 +81,7 @@ def _collect_chunk(config: CollectConfig, domain: Domain, sampler, params, quest
             revised_ids=revision.response_ids,
             revised_verdict=revision.verdict,
             revised_finish=revision.finish_reason,
+            init_finish=attempt.finish_reason,
         )
         for attempt, own in zip(attempts, revisions)
         for revision in own
@@ -116,13 +117,18 @@ def sample(
         return rollouts_to_json(fresh), {"questions": len(part)}
 
     def figures() -> dict[str, float]:
-        right = [record["verdict"]["reward"] or 0.0 for record in log.records]
-        return {"accuracy": sum(right) / len(right)}
+        return {"accuracy": _mean_reward(record["verdict"]["reward"] for record in log.records)}
 
     fill(log, "sample", questions, chunk, make, figures)
     rollouts = rollouts_from_json(log.records)
     tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     return rollouts, {"questions": len(questions), "generations": len(rollouts), "sampled_tokens": tokens}
+
+
+def _mean_reward(rewards: Iterable[float | None]) -> float:
+    """Over those that have a verdict; 0 when none has."""
+    judged = [reward for reward in rewards if reward is not None]
+    return sum(judged) / max(len(judged), 1)
 
 
 def collection_summary(traces: Sequence[RevisionTrace], closings: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -138,6 +144,6 @@ def collection_summary(traces: Sequence[RevisionTrace], closings: Sequence[Mappi
         "kept_from_wrong": sum(trace.init_verdict.reward == 0.0 for trace in good),
         "no_verdict": total["no_verdict"],
         "init_accuracy": total["right"] / max(total["attempts"] - total["no_verdict"], 1),
-        "revised_accuracy": sum(t.revised_verdict.reward or 0.0 for t in traces) / max(len(traces), 1),
+        "revised_accuracy": _mean_reward(trace.revised_verdict.reward for trace in traces),
         "sampled_tokens": total["attempt_tokens"] + sum(len(trace.revised_ids) for trace in traces),
     }

@@ -7,7 +7,7 @@ it owns. Leaves out parsing and help (`settings`).
 import dataclasses
 import importlib.util
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import inf
 from typing import Annotated, Literal, TypeVar
 
@@ -62,6 +62,7 @@ class SrtConfig:
 
     epochs: Annotated[int, "passes over the (balanced) traces"] = 4
     batch_size: Annotated[int, "traces per step"] = 64
+    microbatches: Annotated[int, "parts that a batch is cut into, to save memory; the result is the same"] = 1
     data: SrtData = SrtData()
     objective: CrossEntropy = CrossEntropy()
     lora: LoraConfig = NO_LORA
@@ -148,75 +149,80 @@ class Config:
 def validate(config: Config) -> None:
     """Refuses settings that cannot work together, before anything is computed or written."""
     settings.check(config)
-    positive = {
-        "base.batch_size": config.base.batch_size,
-        "base.questions": config.base.questions,
-        "srt.epochs": config.srt.epochs,
-        "srt.batch_size": config.srt.batch_size,
-        **{
-            f"{stage}.{name}": getattr(getattr(config, stage), name)
-            for stage in ("distill", "train")
-            for name in ("questions", "passes", "rounds", "batch_size", "samples", "updates", "microbatches")
-        },
-        "train.epochs": config.train.epochs,
-        "train.chunk": config.train.chunk,
-        "collect.questions": config.collect.questions,
-        "collect.responses": config.collect.responses,
-        "collect.revisions": config.collect.revisions,
-        "collect.chunk": config.collect.chunk,
-        "evaluate.questions": config.evaluate.questions,
-        "evaluate.k": config.evaluate.k,
-        "evaluate.chunk": config.evaluate.chunk,
-        "sampler.slots": config.sampler.slots,
-        "sampler.block": config.sampler.block,
-        "sampler.prefill_tokens": config.sampler.prefill_tokens,
-        "sampler.prompt_multiple": config.sampler.prompt_multiple,
-        "health.questions": config.health.questions,
-        **{
-            f"{stage}.checkpoint.{name}": getattr(getattr(config, stage).checkpoint, name)
-            for stage in ("base", "srt", "distill", "train")
-            for name in ("every", "keep_latest")
-        },
-    }
-    for name, value in positive.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}; wanted at least 1")
-    for name, low, high, value in _ranges(config):
-        if not low <= value <= high:  # refuses NaN too
-            raise UserError(f"{name} is {value}; wanted {low} or more" + (f", up to {high}" if high < inf else ""))
+    for name, value in settings.flatten(config).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                _check_range(name, number)
     for name, folder in {"run_dir": config.run_dir, "base.cache_dir": config.base.cache_dir}.items():
         if not folder:
             raise UserError(f"{name} is empty; wanted a directory")
-    if config.base.steps < 0:
-        raise UserError(f"base.steps is {config.base.steps}; wanted 0 (random weights) or more")
     if config.base.pretrained and not config.problems.train:
         raise UserError("base.pretrained is set, but not problems.train: an embedded task has a tokenizer of its own")
-    if not 0 < config.problems.validation_share < 1:
-        raise UserError(f"problems.validation_share is {config.problems.validation_share}; wanted between 0 and 1")
     if config.phrases not in PHRASES:
         raise UserError(f"unknown phrases={config.phrases!r}{nearest(config.phrases, PHRASES)}")
+    if config.srt.batch_size % config.srt.microbatches:
+        raise UserError(
+            f"srt.microbatches={config.srt.microbatches} does not divide srt.batch_size={config.srt.batch_size}"
+        )
     _validate_on_policy("distill", config.distill)
     _validate_on_policy("train", config.train)
     if not find_method(config.distill.method).on_policy:
         raise UserError(f"distill.method={config.distill.method} samples nothing on-policy; set train.method instead")
 
 
-def _ranges(config: Config) -> Iterator[tuple[str, float, float, float]]:
-    """(setting, smallest, largest, value) of numbers that may not be any."""
-    bounds = {
-        "learning_rate": (0.0, inf), "epsilon": (0.0, inf), "weight_decay": (0.0, inf), "clip_norm": (0.0, inf),
-        "warmup_fraction": (0.0, 1.0), "warmup_start": (0.0, 1.0), "final_fraction": (0.0, 1.0),
-        "beta1": (0.0, 1.0), "beta2": (0.0, 1.0),
-    }  # fmt: skip
-    for stage in ("base", "srt", "distill", "train"):
-        for name, (low, high) in bounds.items():
-            yield f"{stage}.optimizer.{name}", low, high, getattr(getattr(config, stage).optimizer, name)
-    for name, owner in {"seed": config, "task.seed": config.task, "problems.seed": config.problems}.items():
-        yield name, 0, 2**32 - 1, owner.seed
-    health = config.health
-    yield "health.keep_rate_warn", 0.0, 1.0, health.keep_rate_warn
-    yield "health.keep_rate_stop", 0.0, 1.0, health.keep_rate_stop
-    yield "health.min_mean_tokens", 0.0, inf, health.min_mean_tokens
+# Interval -> the settings whose numbers lie in it, by the last part of their names, or the last two where the last
+# means different things. Where an interval has no end, numbers are below _END: whole ones fit 32 bits.
+_END = 2**31
+_ANY = "(-inf, inf)"
+_INTERVALS = {
+    "[1, inf)": "questions batch_size epochs microbatches passes rounds samples updates responses revisions chunk k "
+    "max_length max_prompt max_response max_teacher_tokens max_prompt_tokens max_new_tokens validation_questions every "
+    "keep_latest slots block prefill_tokens prompt_multiple pairs capacity patience min_operations max_operations "
+    "numbers largest batch_sizes max_chars memory_mb compile_memory_mb processes open_files output_bytes file_bytes "
+    "vocab_size hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size sliding_window max_position "
+    "yarn_factor yarn_original_length",
+    "[0, inf)": "steps sync_steps validate_every expected_tokens keep_best examples rank top_k sampling.temperature "
+    "learning_rate weight_decay clip_norm weights token_clip importance_cap guidance clip_high kl_weight workers "
+    "memory_mib float_digits min_mean_tokens yarn_attention_factor hosts.count",
+    "(0, inf)": "objective.temperature round_scale epsilon alpha rms_norm_eps initializer_range yarn_beta_fast "
+    "yarn_beta_slow",
+    "(0, 1000]": "time_scale wall_factor memory_scale",
+    "(0, 1000000]": "deadline start_timeout time_s compile_s",  # seconds, which timers take
+    "(1, inf)": "rope_theta rope_theta_sliding",
+    "[0, 1]": "warmup_start final_fraction clip_low decay keep_rate_warn keep_rate_stop copy_after_ok copy_after_wrong "
+    "garbled_share misconception_share right_share slip kind_shares",
+    "[0, 1)": "warmup_fraction beta1 beta2 min_p held_out",
+    "(0, 1]": "top_p ema_rate",
+    "(0, 1)": "validation_share",
+    "[-1, inf)": "hosts.index mesh.data mesh.fsdp mesh.tensor",  # -1: what is found, or left
+    "[0, 4294967295]": "seed",
+    "[0, 1000000000000000]": "budget",
+}
+
+
+def _check_range(path: str, value: float) -> None:
+    """Refuses a number outside its setting's interval."""
+    interval = _interval(path)
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    if endless := high == inf:
+        high = _END
+    above = value > low if interval[0] == "(" else value >= low
+    below = value < high if interval[-1] == ")" else value <= high
+    if above and below:  # NaN is neither
+        return
+    wanted = f"a number in {interval}"
+    if endless:
+        least = f"more than {low:g}" if interval[0] == "(" else f"at least {low:g}"
+        wanted = f"less than {high}" if value >= high else least
+    raise UserError(f"{path} is {value}; wanted {wanted}")
+
+
+def _interval(path: str) -> str:
+    """The interval of a setting that holds a number; any finite one where the table does not have it."""
+    parts = path.split(".")
+    ends = (".".join(parts[-2:]), parts[-1])
+    found = (interval for end in ends for interval, names in _INTERVALS.items() if end in names.split())
+    return next(found, _ANY)
 
 
 def _validate_on_policy(path: str, config: DistillConfig) -> None:
@@ -247,6 +253,33 @@ def _validate_on_policy(path: str, config: DistillConfig) -> None:
     if config.teacher.schedule == "sync_on_plateau" and not config.validate_every:
         raise UserError(f"{path}.teacher.schedule=sync_on_plateau needs {path}.validate_every >= 1")
     get_divergence(objective.divergence)
+    policy, taught = method.uses("policy_gradient"), method.uses("self_distillation")
+    if policy and config.samples == 1 and (config.advantage.baseline or method.baseline) == "group":
+        raise UserError(
+            f"{path}.samples=1 makes every advantage of {path}.method={config.method} 0, as its baseline is the "
+            f"question's own samples; raise {path}.samples, or set {path}.advantage.baseline=batch"
+        )
+    if method.on_policy and config.samples == 1 and config.advantage.drop_uniform:
+        raise UserError(
+            f"{path}.advantage.drop_uniform=true leaves out every question with {path}.samples=1; raise the latter"
+        )
+    if policy and config.policy.kl_weight > 0:
+        schedule = config.teacher.schedule
+        if schedule == "live":
+            raise UserError(
+                f"{path}.policy.kl_weight={config.policy.kl_weight} with {path}.teacher.schedule=live weighs the KL of "
+                f"the student to itself, which is 0; set {path}.teacher.schedule=frozen or ema"
+            )
+        if schedule.startswith("sync") and not taught:
+            raise UserError(
+                f"{path}.teacher.schedule={schedule} moves nothing with {path}.method={config.method}: only "
+                f"self-distillation synchronises; set {path}.teacher.schedule=frozen or ema for {path}.policy.kl_weight"
+            )
+    if taught and objective.guidance > 0 and method.context != "revision":
+        raise UserError(
+            f"{path}.objective.guidance={objective.guidance} changes nothing with {path}.method={config.method}, whose "
+            "teacher reads the same under both phrases; set guidance=0"
+        )
 
 
 def override(config: Config, assignments: Sequence[str]) -> Config:
@@ -278,7 +311,7 @@ def load_from(path: str, function: str, wanted: type[T]) -> T:
         made = getattr(module, function)()
     except UserError:
         raise
-    except Exception as error:  # whatever a config file raises is the user's to mend
+    except (Exception, SystemExit) as error:  # whatever a config file raises is the user's to mend
         raise UserError(f"config {path} cannot be used: {type(error).__name__}: {error}") from None
     if not isinstance(made, wanted):
         raise UserError(f"config {path}: {function}() returned {type(made).__name__}, wanted {wanted.__name__}")

@@ -23,6 +23,14 @@ def full_disk(error: BaseException | None) -> bool:
     return any(getattr(e, "errno", None) in full or "No space left on device" in str(e) for e in causes(error))
 
 
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, says that a program did not fit a device's memory."""
+    import jax
+
+    said = ("RESOURCE_EXHAUSTED", "Out of memory")
+    return any(isinstance(e, jax.errors.JaxRuntimeError) and any(s in str(e) for s in said) for e in causes(error))
+
+
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """The error, what led to it, and so on."""
     while error is not None:

@@ -15,8 +15,11 @@ class HealthConfig:
     questions: Annotated[int, "validation questions that the keep rate is measured on"] = 128
 
 
-def judge_keep_rate(config: HealthConfig, keep_rate: float) -> tuple[Literal["ok", "warn", "stop"], str]:
-    """The gate's verdict on a reviser, with a line that says why."""
+def judge_keep_rate(config: HealthConfig, keep_rate: float | None) -> tuple[Literal["ok", "warn", "stop"], str]:
+    """The gate's verdict on a reviser, with a line that says why; None: the model has no right answer to keep."""
+    if keep_rate is None:
+        verdict = "stop" if config.keep_rate_stop else "warn" if config.keep_rate_warn else "ok"
+        return verdict, f"no keep rate: none of {config.questions} answers is right (health.questions)"
     if keep_rate < config.keep_rate_stop:
         return "stop", f"keep rate {keep_rate:.3f} is below {config.keep_rate_stop} (health.keep_rate_stop)"
     if keep_rate < config.keep_rate_warn:

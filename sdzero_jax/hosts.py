@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class HostsConfig:
-    """How the processes of a run find each other; Cloud TPU, Slurm and Open MPI need nothing here."""
+    """How the processes of a run find each other; Cloud TPU, Slurm, Open MPI and Kubernetes may need nothing here."""
 
     coordinator: Annotated[str, "address:port of the first process; empty: found by jax, or a single process"] = ""
     count: Annotated[int, "number of processes; 0: found by jax"] = 0
@@ -52,6 +52,7 @@ def initialize(config: HostsConfig) -> None:
         raise UserError(f"hosts.index={config.index} of hosts.count={config.count}; wanted 0 to {config.count - 1}")
     found = [name for name, variable in _CLUSTERS.items() if int(os.environ.get(variable) or 1) > 1]
     found += ["Cloud TPU"] if _on_tpu() else []
+    found += ["Kubernetes"] if _in_indexed_job(os.environ) else []
     if not (any(given) or found) or jax.distributed.is_initialized():
         return
     where: dict[str, Any] = {}
@@ -61,7 +62,7 @@ def initialize(config: HostsConfig) -> None:
         where |= {"coordinator_address": config.coordinator, "num_processes": config.count, "process_id": config.index}
     try:
         jax.distributed.initialize(**where)
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # jax asks the cluster, by packages with errors of their own
         asked = f"hosts.coordinator={config.coordinator}" if all(given) else found[0]
         raise UserError(f"the processes of this run ({asked}) did not find each other: {error}") from None
 
@@ -93,6 +94,12 @@ def _on_tpu() -> bool:
     chips = [*pathlib.Path("/dev").glob("accel[0-9]*"), *pathlib.Path("/dev/vfio").glob("[0-9]*")]
     allowed = os.environ.get("JAX_PLATFORMS", "")
     return bool(chips) and ("tpu" in allowed if allowed else importlib.util.find_spec("libtpu") is not None)
+
+
+def _in_indexed_job(environ: Mapping[str, str]) -> bool:
+    """Whether this is a pod of an indexed Job, and the package is there by which jax asks Kubernetes for the others."""
+    named = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= set(environ)
+    return named and importlib.util.find_spec("kubernetes") is not None
 
 
 def count() -> int:

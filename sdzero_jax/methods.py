@@ -19,6 +19,13 @@ from sdzero_jax.objectives import CrossEntropy, PolicyGradient, SelfDistillation
 from sdzero_jax.sources import Baseline
 
 
+class NothingLeft(UserError):
+    """An earlier stage left this one nothing to work with: no sequence to train on, no token of a budget.
+
+    Only the data show it, so a comparison goes on with its other entries.
+    """
+
+
 @dataclasses.dataclass(frozen=True)
 class SrtData:
     """Which traces self-revision training reads, and which terms of its loss."""
@@ -64,7 +71,7 @@ def srt_sequences(
 
     Held-out traces are a fixed share; balancing repeats training traces only. `end_id` ends first attempts,
     which are recorded without their end token, where a stage trains on them as answers.
-    Raises UserError when nothing is left to train on.
+    Raises NothingLeft when there is nothing to train on.
     """
     usable = [t for t in kept(traces, data.only_right) if stage.traces == "all" or t.init_verdict.reward == 0.0]
     fitting = [t for t in usable if trace_length(t) <= data.max_length]
@@ -72,7 +79,7 @@ def srt_sequences(
     held = set(order[: round(data.held_out * len(fitting))].tolist())
     training = [trace for i, trace in enumerate(fitting) if i not in held]
     if not training:
-        raise UserError(
+        raise NothingLeft(
             f"no revision trace to train on ({len(traces)} collected, {len(usable)} usable, {len(fitting)} within "
             f"{data.max_length} tokens); collect more questions or raise srt.data.max_length"
         )
@@ -89,10 +96,13 @@ def srt_sequences(
 
 
 def right_answers(traces: Sequence[RevisionTrace], end_id: int) -> list[ScoredSequence]:
-    """x | y EOS of every distinct right response in the traces, first attempts and revisions."""
+    """x | y EOS of every distinct right, finished response in the traces, first attempts and revisions.
+
+    One that was cut off never chose to end, and must not be taught to.
+    """
     pairs: dict[tuple, None] = {}
     for trace in traces:
-        if trace.init_verdict.reward == 1.0:
+        if trace.init_verdict.reward == 1.0 and trace.init_finish == "stop":
             pairs[trace.prompt_ids, (*trace.init_ids, end_id)] = None
         if trace.revised_verdict.reward == 1.0 and trace.revised_finish == "stop":
             pairs[trace.prompt_ids, trace.revised_ids] = None

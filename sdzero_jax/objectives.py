@@ -186,10 +186,14 @@ def combined(terms: Sequence[Term], model: LanguageModel, params, teacher, batch
     return total, metrics
 
 
-def denominators(terms: Sequence[Term], batches) -> tuple[jax.Array, ...]:
-    """What each term's token weights are divided by, over the whole batch."""
-    masks = [token_mask(term.config, batches[term.batch]) for term in terms]
-    return tuple(masked.length_denominator(mask, term.config.length_mode) for mask, term in zip(masks, terms))
+def denominators(terms: Sequence[Term], batches) -> dict[str, tuple[jax.Array, ...]]:
+    """What each term's token weights are divided by, over the whole batch: {"denominators": ...}."""
+    return {"denominators": tuple(denominator(term.config, batches[term.batch])["denominator"] for term in terms)}
+
+
+def denominator(config, batch) -> dict[str, jax.Array]:
+    """The same of a single objective: {"denominator": ...}."""
+    return {"denominator": masked.length_denominator(token_mask(config, batch), config.length_mode)}
 
 
 def token_mask(config, batch) -> jax.Array:

@@ -31,7 +31,15 @@ from sdzero_jax.progress import say
 from sdzero_jax.rollouts import sample_responses
 from sdzero_jax.runs import Run
 from sdzero_jax.sources import CorpusSource, SequenceSource
-from sdzero_jax.training import held_out_hooks, history, off_policy, on_policy, solutions, train_cross_entropy
+from sdzero_jax.training import (
+    held_out_hooks,
+    history,
+    off_policy,
+    on_policy,
+    rows_at_once,
+    solutions,
+    train_cross_entropy,
+)
 
 
 def run_stage(run: Run, stage: str) -> dict[str, Any]:
@@ -107,7 +115,10 @@ def srt(run: Run, folder: pathlib.Path) -> dict[str, Any]:
         source = SequenceSource(training, config.batch_size, config.data.max_length, run.config.seed + number)
         hooks = held_out_hooks(run, held_out, config)
         where = folder if len(stages) == 1 else folder / f"round_{number + 1}"
-        params = train_cross_entropy(run, f"srt {stage.name}", where, params, source, steps, config, hooks, config.lora)
+        params = train_cross_entropy(
+            run, f"srt {stage.name}", where, params, source, steps, config, hooks,
+            adapters=config.lora, microbatches=config.microbatches,
+        )  # fmt: skip
         spent += ledger.of_training(history(where))
     save_params(folder / "params", params, run.provenance)
     return {"counts": counts, "ledger": dataclasses.asdict(spent)}
@@ -167,8 +178,7 @@ def evaluate_stage(run: Run, stage: str) -> dict[str, Any]:
 
 def _evaluated(run: Run, stage: str, base_records):
     config = run.config.evaluate
-    key = settings.digest(run.key(stage), config, run.config.sampler, run.config.phrases)
-    folder = (run.shared or run.directory) / f"evaluate-{key}"
+    folder = (run.shared or run.directory) / f"evaluate-{run.evaluation_key(stage)}"
     # With its metrics every response is there too, and no model is needed.
     whole = hosts.from_first(lambda: (folder / "metrics.json").exists())
     records, metrics = evaluate(
@@ -204,18 +214,20 @@ def localise(run: Run, folder: pathlib.Path) -> dict[str, Any]:
         run.domain, run.sampler(), params, questions, run.config.distill.sampling,
         label="localise", seed=run.config.seed,
     )  # fmt: skip
+    distill = run.config.distill
+    rows = rows_at_once(run, distill.batch_size * distill.samples, distill.microbatches)
     records = localisation_records(
         run.model, params, params, rollouts, run.domain, run.config.distill.layout,
         run.problems.first_error,
         divergence=run.config.distill.objective.divergence,
-        batch_size=sharding.batch_devices(run.mesh) * 64, mesh=run.mesh,
+        batch_size=rows, mesh=run.mesh,
     )  # fmt: skip
     summary = localisation_summary(records)
     wrong_first = sorted(records, key=lambda record: record["first_error"] is None)
     examples = wrong_first[: config.examples]
     tops = top_alternatives(
         run.model, params, params, [rollouts[e["rollout"]] for e in examples], run.domain, run.config.distill.layout,
-        mesh=run.mesh,
+        batch_size=rows, mesh=run.mesh,
     )  # fmt: skip
     examples = [example | top for example, top in zip(examples, tops)]
     write_json_atomic(folder / "localisation.json", {"summary": summary, "examples": examples})

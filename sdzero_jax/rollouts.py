@@ -2,7 +2,8 @@
 
 Revisions are rollouts whose prompt is the reviser's context x | y | d P_r d. Responses are graded in a
 thread while others are decoded, and a response that is to be revised goes on in the slot where it was
-sampled. None of that changes a token: those depend on seed, request id and parameters alone.
+sampled. None of that changes a token: those depend on seed, request id and parameters alone. A signal ends
+sampling at once (Stopped): what was sampled is dropped, and made again when the run goes on.
 """
 
 import concurrent.futures
@@ -15,9 +16,9 @@ import grain
 import jax
 import jax.numpy as jnp
 
-from sdzero_jax import hosts
+from sdzero_jax import hosts, signals
 from sdzero_jax.batches import reviser_context
-from sdzero_jax.errors import UserError
+from sdzero_jax.errors import Stopped, UserError
 from sdzero_jax.examples import Question, Rollout, Verdict
 from sdzero_jax.progress import Progress
 from sdzero_jax.prompts import ControlPhrases
@@ -76,13 +77,15 @@ def sample_responses(
     label: str,
     seed: int,
     n: int = 1,
+    stoppable: bool = True,
 ) -> list[Rollout]:
     """Samples n responses per question and grades them; question-major order.
 
-    `label` makes request ids unique to a stage and step, and with them the random numbers.
+    `label` makes request ids unique to a stage and step, and with them the random numbers. Not `stoppable`,
+    it looks at no signal.
     """
     attempts = _attempts(domain, questions, config, label, n)
-    return _in_order(attempts, _sample(domain, sampler, params, attempts, seed))
+    return _in_order(attempts, _sample(domain, sampler, params, attempts, seed, stoppable=stoppable))
 
 
 def sample_revisions(
@@ -174,11 +177,11 @@ def _in_order(jobs: Sequence[_Job], sampled) -> list[Rollout]:
     return [sampled[job.request.id, index] for job in jobs for index in range(job.request.n)]
 
 
-def _sample(domain: Domain, sampler: Sampler, params, jobs: Sequence[_Job], seed: int, follow=None):
+def _sample(domain: Domain, sampler: Sampler, params, jobs: Sequence[_Job], seed: int, follow=None, stoppable=True):
     """Samples and grades all jobs, and those that `follow` makes of a graded rollout: key -> Rollout.
 
     `follow(rollout, key)` is asked about every rollout and may return one more job. Every host samples and
-    grades its share, and gets the rollouts of all.
+    grades its share, and gets the rollouts of all; a signal to one of them stops all.
     """
     jobs = hosts.share(jobs)
     asked = {job.request.id: job for job in jobs}
@@ -187,9 +190,12 @@ def _sample(domain: Domain, sampler: Sampler, params, jobs: Sequence[_Job], seed
     session.submit([dataclasses.replace(job.request, hold=hold) for job in jobs])
     rollouts: dict[tuple[str, int], Rollout] = {}
     grading: set[concurrent.futures.Future] = set()
-    meter = _Meter(session)
+    meter, stop = _Meter(session), None
     with concurrent.futures.ThreadPoolExecutor(1) as grader, meter:
         while session.busy or grading:
+            if stoppable and (stop := signals.pending()):
+                grader.shutdown(cancel_futures=True)
+                break
             if session.busy and (done := session.step()):
                 grading.add(grader.submit(_grade, domain, [(asked[c.request_id], c) for c in done]))
             if not session.busy and grading:
@@ -204,16 +210,19 @@ def _sample(domain: Domain, sampler: Sampler, params, jobs: Sequence[_Job], seed
                         session.submit([job.request])
                     session.release(key)
                 meter.show(rollouts)
-    return _of_all_hosts(rollouts)
+    return _of_all_hosts(rollouts, stop)
 
 
-def _of_all_hosts(rollouts: dict[tuple[str, int], Rollout]) -> dict[tuple[str, int], Rollout]:
-    if hosts.count() == 1:
+def _of_all_hosts(rollouts: dict[tuple[str, int], Rollout], stop: int | None) -> dict[tuple[str, int], Rollout]:
+    """The rollouts of all hosts; Stopped when one of them heard of a signal before it was done."""
+    if hosts.count() == 1 and not stop:
         return rollouts
-    shares = hosts.gather([list(rollouts), rollouts_to_json(list(rollouts.values()))])
+    shares = hosts.gather([stop, list(rollouts), [] if stop else rollouts_to_json(list(rollouts.values()))])
+    if stop := next((first for first, *_ in shares if first), None):
+        raise Stopped(stop, "sampling was cut short")
     return {
         (name, index): rollout
-        for keys, records in shares
+        for _, keys, records in shares
         for (name, index), rollout in zip(keys, rollouts_from_json(records), strict=True)
     }
 
@@ -316,8 +325,8 @@ class RolloutIterator:
     def next(self, params: Any) -> list[Rollout]:
         """The next batch of questions, graded; sampled from `params`, with prefetch from those of the call before."""
         if self._thread is None:
-            return self._sample(params, *self._draw())
-        rollouts = self._ahead[1].result() if self._ahead else self._sample(params, *self._draw())
+            return self._sample_next(params)
+        rollouts = self._ahead[1].result() if self._ahead else self._sample_next(params)
         before = self._questions.get_state()
         try:
             drawn = self._draw()
@@ -325,18 +334,29 @@ class RolloutIterator:
             self._ahead = None
             return rollouts
         copied = jax.tree.map(jnp.copy, params)  # the train step gives up the originals
-        self._ahead = before, self._thread.submit(self._sample, copied, *drawn)
+        # What is sampled ahead belongs to this step's checkpoint: a signal waits for it.
+        self._ahead = before, self._thread.submit(self._sample, copied, *drawn, stoppable=False)
         return rollouts
+
+    def _sample_next(self, params) -> list[Rollout]:
+        before = self._questions.get_state()
+        try:
+            return self._sample(params, *self._draw())
+        except Stopped:
+            self._questions.set_state(before)
+            self._drawn -= 1
+            raise
 
     def _draw(self) -> tuple[Sequence[Question], str]:
         questions = next(self._questions)
         self._drawn += 1
         return questions, f"{self._label}/{self._drawn - 1:06d}"
 
-    def _sample(self, params, questions, label: str) -> list[Rollout]:
+    def _sample(self, params, questions, label: str, stoppable: bool = True) -> list[Rollout]:
         return sample_responses(
-            self._domain, self._sampler, params, questions, self._config, label=label, seed=self._seed, n=self._n
-        )
+            self._domain, self._sampler, params, questions, self._config,
+            label=label, seed=self._seed, n=self._n, stoppable=stoppable,
+        )  # fmt: skip
 
     def get_state(self) -> dict[str, Any]:
         if self._ahead is None:

@@ -21,8 +21,9 @@ from sdzero_jax.config import BaseConfig, Config
 from sdzero_jax.errors import UserError
 from sdzero_jax.files import read_json, write_json_atomic
 from sdzero_jax.locks import exclusive
+from sdzero_jax.methods import find_method
 from sdzero_jax.models import RUNTIME_FIELDS, LanguageModel, load_pretrained
-from sdzero_jax.problems import Problems, RealProblems, TaskProblems, open_tokenizer
+from sdzero_jax.problems import Problems, ProblemsConfig, RealProblems, TaskProblems, open_tokenizer
 from sdzero_jax.progress import say
 from sdzero_jax.prompts import control_phrases
 from sdzero_jax.rollouts import Domain, check_sampling
@@ -41,6 +42,14 @@ BEFORE: dict[str, str | None] = {
     "train": "base",  # or what train.start says
     "evaluate": "distill",
     "localise": "srt",
+}
+
+# Section of a training loop -> the objective or batch without which no method reads it.
+READ_WITH = {
+    "objective": "self_distillation",
+    "policy": "policy_gradient",
+    "cross_entropy": "cross_entropy",
+    "replay": "replay",
 }
 
 
@@ -163,15 +172,14 @@ class Run:
         config = self.config
         if stage == "base":
             base = dataclasses.replace(config.base, cache_dir="")  # where it lies does not change it
-            problems = dataclasses.replace(config.problems, data_dir="")
-            asked = problems if config.problems.train else config.task
-            return settings.digest(config.model, asked, base, config.seed)
+            asked = self._questions() or (config.task,)
+            # A pretrained one depends on no questions; the seed stays, for the stages that build on this hash.
+            return settings.digest(config.model, *(() if base.pretrained else asked), base, config.seed)
         own = {
             "collect": (config.collect, config.phrases),
             "srt": (config.srt,),
-            # How validation and the gates sample.
-            "distill": (config.distill, config.health, config.evaluate.sampling),
-            "train": (config.train, config.health, config.phrases, config.evaluate.sampling),
+            "distill": self._loop("distill"),
+            "train": (*self._loop("train"), config.phrases),
             "evaluate": (config.evaluate,),
             "localise": (
                 config.localisation,
@@ -180,7 +188,37 @@ class Run:
                 config.distill.objective.divergence,
             ),
         }
-        return settings.digest(self.key(self.before(stage)), *own[stage], config.sampler)
+        asked = self._questions(tested=stage == "evaluate")
+        return settings.digest(self.key(self.before(stage)), *own[stage], config.sampler, *asked)
+
+    def evaluation_key(self, stage: str) -> str:
+        """Hash of everything that the figures of one stage's model depend on."""
+        config, asked = self.config, self._questions(tested=True)
+        return settings.digest(self.key(stage), config.evaluate, config.sampler, config.phrases, *asked)
+
+    def _questions(self, tested: bool = False) -> tuple[ProblemsConfig, ...]:
+        """The settings of real questions that a result depends on; none for an embedded task, which the base has.
+
+        Without `tested` the test set is left out, unless it decides which training questions are dropped.
+        """
+        problems = dataclasses.replace(self.config.problems, data_dir="")
+        if not tested and problems.overlap != "drop":
+            problems = dataclasses.replace(problems, test="")
+        return (problems,) if problems.train else ()
+
+    def _loop(self, stage: str) -> tuple[Any, ...]:
+        """What a training loop's result depends on: its settings, the gates, and how these and validation sample.
+
+        What its method does not read is left out.
+        """
+        config, health = getattr(self.config, stage), self.config.health
+        method = find_method(config.method)
+        unread = [name for name, needed in READ_WITH.items() if not method.uses(needed)]
+        own = dataclasses.replace(config, **{name: type(getattr(config, name))() for name in unread})
+        if method.uses("self_distillation"):  # only these methods have a reviser, whose keep rate is gated
+            return own, health, self.config.evaluate.sampling
+        validates = method.on_policy and config.validate_every
+        return own, health.min_mean_tokens, self.config.evaluate.sampling if validates else None
 
     def before(self, stage: str) -> str | None:
         """The stage that this one needs."""

@@ -1,10 +1,18 @@
-"""SIGINT and SIGTERM as a flag that long work looks at between two steps, to save and stop; on all hosts at once."""
+"""SIGINT and SIGTERM as a flag that long work looks at, to save and stop; on all hosts at once.
+
+`requested` between two steps that all hosts take together; `pending` inside a step, where every host is at
+its own work.
+"""
 
 import signal
+import time
 
 from sdzero_jax import hosts
 
 _received: list[int] = []
+_KEY = "sdzero_jax/stop"
+_SECONDS = 1.0  # between two looks at the coordinator's table
+_looked = 0.0
 
 
 def install() -> None:
@@ -22,3 +30,25 @@ def install() -> None:
 def requested() -> int | None:
     """The signal that asked any host to stop, or None. With several hosts: to be called by all of them."""
     return next((first for first in hosts.gather(_received[0] if _received else None) if first), None)
+
+
+def pending() -> int | None:
+    """The signal that this host received, or has heard that another one did; waits for nobody.
+
+    Hosts hear of it at different times: what they do then must end where all of them meet.
+    """
+    global _looked
+    own = _received[0] if _received else None
+    if hosts.count() == 1 or time.monotonic() - _looked < _SECONDS:
+        return own
+    import jax
+    from jax._src import distributed  # the only way to the coordinator's table; public jax has none
+
+    _looked = time.monotonic()
+    table = distributed.global_state.client
+    try:
+        if own:
+            table.key_value_set(_KEY, str(int(own)), allow_overwrite=True)
+        return int(table.key_value_try_get(_KEY))
+    except jax.errors.JaxRuntimeError:  # nobody has written there
+        return own

@@ -13,6 +13,7 @@ import grain
 import numpy as np
 
 from sdzero_jax.batches import (
+    NOTHING,
     Batch,
     DistillLayout,
     ScoredSequence,
@@ -110,6 +111,7 @@ class OnPolicySource:
         context: TeacherContext | None = None,
         opposite: bool = False,
         teacher: bool = True,
+        reference: bool = False,
         advantage: AdvantageConfig = AdvantageConfig(),
         replay: ReplayConfig | None = None,
         remembered: Sequence[Rollout] = (),
@@ -119,6 +121,7 @@ class OnPolicySource:
     ):
         self._rollouts, self._domain, self._layout = rollouts, domain, layout
         self._context, self._opposite, self._teacher, self._advantage = context, opposite, teacher, advantage
+        self._reference = reference  # a teacher reads the student's rows too, for a policy gradient's KL
         self._memory = Hindsight(replay, domain, seed) if replay else None
         self._updates, self._budget = updates, budget
         self._mean: float | None = None  # moving mean of the reward
@@ -141,6 +144,8 @@ class OnPolicySource:
             "student_tokens": batches["rollouts"]["gen_segment_ids"].sum(),
             "teacher_tokens": sum(batches["rollouts"].get(f"{s}_segment_ids", np.zeros(1)).sum() for s in _TEACHERS),
         }
+        if self._reference:
+            tokens["teacher_tokens"] += tokens["student_tokens"]
         if "replay" in batches:
             tokens["student_tokens"] += batches["replay"]["segment_ids"].sum()
         return batches, figures | {name: float(value) for name, value in (counts | tokens).items()}
@@ -280,8 +285,7 @@ class Hindsight:
         rows = [self._sequence(e, "wrong", 0.0) for e in _choose(draw, wrong, half)]
         rows += [self._sequence(e, "right", 1.0) for e in _choose(draw, right, self._config.pairs - half)]
         rows = [row for row in rows if len(row.tokens) <= self._config.max_length]
-        empty = ScoredSequence((0,), (0.0,))
-        return sequence_batch(rows + [empty] * (self._config.pairs - len(rows)), self._config.max_length)
+        return sequence_batch(rows + [NOTHING] * (self._config.pairs - len(rows)), self._config.max_length)
 
     def _sequence(self, entry: Mapping[str, Any], first: str, reward: float) -> ScoredSequence:
         stops = self._domain.tokenizer.stop_ids

@@ -1,4 +1,4 @@
-"""Run directories on object stores (gs://, s3://), which know neither append nor rename.
+"""Run directories on object stores (gs://), which know neither append nor rename.
 
 A run works in a local mirror. `push` uploads what changed in it: JSON lines as numbered parts, other files whole,
 and at last the manifest, which names all parts that make up the run; what it does not name does not exist. `pull`
@@ -14,7 +14,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from sdzero_jax import hosts
@@ -24,7 +24,7 @@ from sdzero_jax.progress import say
 
 T = TypeVar("T")
 
-SCHEMES = ("gs", "s3")  # those that Orbax writes to
+SCHEMES = ("gs",)  # those that Orbax writes to: it takes an s3:// place for a local folder
 MANIFEST = "manifest.json"
 MIRRORS = pathlib.Path("runs/.mirrors")
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each repeated call
@@ -48,7 +48,7 @@ def local(place: str | os.PathLike) -> pathlib.Path:
     url = str(place).rstrip("/")
     scheme, _, path = url.partition("://")
     if scheme not in SCHEMES or not path:
-        raise UserError(f"{place}: not a place on an object store; wanted {' or '.join(f'{s}://...' for s in SCHEMES)}")
+        raise UserError(f"{place}: no place for a run; wanted a folder or {' or '.join(f'{s}://...' for s in SCHEMES)}")
     # One flat name each: no mirror lies in another.
     folder = (MIRRORS / f"{path.replace('/', '-')}-{_digest(url.encode())[:8]}").absolute()
     if folder not in _mirrors:
@@ -102,12 +102,14 @@ class Mirror:
         except ImportError as error:
             raise UserError(f"{url}: {error}") from None
         self._files: dict[str, Record] = {}
+        self._manifest: dict[str, dict[str, Any]] = {}  # what the store's says
         self._stamps: dict[str, tuple[int, int]] = {}  # (size, time of change) when a file was last looked at
 
     def pull(self) -> None:
         """Makes the mirror what the manifest says; files that it does not name are removed."""
         manifest = self._read(MANIFEST)
-        self._files = {name: Record(**fields) for name, fields in json.loads(manifest or b"{}").items()}
+        self._manifest = json.loads(manifest or b"{}")
+        self._files = {name: Record(**fields) for name, fields in self._manifest.items()}
         unknown = [path for path in self._present() if path.relative_to(self.folder).as_posix() not in self._files]
         if unknown and manifest is None:
             aside = self.folder.with_name(f"{self.folder.name}.aside")
@@ -129,24 +131,24 @@ class Mirror:
 
     def push(self, under: pathlib.Path) -> None:
         """Uploads the files under a folder (or one file) that changed, then the manifest."""
-        unused: list[str] = []
-        changed = False
         for path in self._present(under):
             name, stat = path.relative_to(self.folder).as_posix(), path.stat()
             if self._stamps.get(name) == (stamp := (stat.st_size, stat.st_mtime_ns)):
                 continue
             data, old = path.read_bytes(), self._files.get(name)
             if old is None or old.digest != _digest(data):
-                self._files[name] = self._upload(name, data, old, unused)
-                changed = True
+                self._files[name] = self._upload(name, data, old)
             self._stamps[name] = stamp
-        if changed:
-            fields = {name: dataclasses.asdict(record) for name, record in sorted(self._files.items())}
-            self._write(MANIFEST, json.dumps(fields, indent=1).encode())
-        for part in unused:  # the new manifest names them no more
+        fields = {name: dataclasses.asdict(record) for name, record in sorted(self._files.items())}
+        if fields == self._manifest:
+            return
+        self._write(MANIFEST, json.dumps(fields, indent=1).encode())
+        unused = _parts(self._manifest) - _parts(fields)
+        self._manifest = fields
+        for part in sorted(unused):
             self._remove(part)
 
-    def _upload(self, name: str, data: bytes, old: Record | None, unused: list[str]) -> Record:
+    def _upload(self, name: str, data: bytes, old: Record | None) -> Record:
         """Writes a file's new part, or the whole when it is no longer what was uploaded and more."""
         grown = name.endswith(".jsonl") and old and _digest(data[: old.size]) == old.digest
         parts, start = (old.parts, old.size) if grown else ([], 0)
@@ -154,8 +156,6 @@ class Mirror:
         # Named by content: a manifest that was not replaced in time still finds the parts of before.
         part = f"{name}.{len(parts):05d}-{digest[:8]}"
         self._write(part, data[start:])
-        if old and not grown:
-            unused += [before for before in old.parts if before != part]
         return Record(len(data), digest, [*parts, part])
 
     def _present(self, under: pathlib.Path | None = None) -> list[pathlib.Path]:
@@ -200,6 +200,10 @@ class Mirror:
             say(f"{self.url}: cannot {what} ({reason[:100]}); again in {wait:g} s")
             time.sleep(wait)
         raise AssertionError("the last wait is None")
+
+
+def _parts(manifest: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    return {part for fields in manifest.values() for part in fields["parts"]}
 
 
 def _digest(data: bytes) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import jax
 
 from sdzero_jax import signals, stores
-from sdzero_jax.checkpoint import Checkpointer, abstract_like
+from sdzero_jax.checkpoint import Checkpointer
 from sdzero_jax.errors import HealthStop, Stopped
 from sdzero_jax.metrics import MetricWriter, finalise
 from sdzero_jax.progress import Progress, say
@@ -53,7 +53,7 @@ class Hooks:
 def fit(
     name: str,
     directory: pathlib.Path,
-    state: TrainState,
+    start: Callable[[], TrainState],
     step_fn: TrainStep,
     source: BatchSource,
     total_steps: int,
@@ -61,20 +61,27 @@ def fit(
     save_every: int,
     metadata: Mapping[str, Any],
     hooks: Hooks = Hooks(),
+    *,
+    given: Any = None,
 ) -> TrainState:
-    """Runs `step_fn` until `total_steps`, from the newest good checkpoint if there is one.
+    """Runs `step_fn` until `total_steps`, from the newest good checkpoint, or from `start()` where there is none.
 
-    Returns the state after the last step, which is also saved; a source that raises StopIteration ends
-    early. Raises HealthStop on NaN, infinity or a failed check, Stopped when a signal asked for it (after a
-    save).
+    Returns the state after the last step, which is also saved; a source that raises StopIteration ends early.
+    Raises HealthStop on NaN, infinity or a failed check; Stopped when a signal asked for it, after a save (in the
+    middle of a validation or a gate without one, as their step is not written yet).
+
+    given: what `start` reads. Its arrays are deleted before the first step, whether they were read or a
+      checkpoint took their place: a state may leave no room for them.
     """
-    restored = checkpointer.restore(abstract_like(state))
-    done = 0
+    restored = checkpointer.restore(step_fn.state)
     if restored is not None:
         done, state, iterator, _ = restored
         source.set_state(iterator)
         if done < total_steps:
             say(f"{name}: continuing after step {done} of {total_steps}")
+    else:
+        done, state = 0, start()
+    jax.tree.map(lambda leaf: leaf.delete(), given)
     writer = MetricWriter(directory, resume_step=done)
 
     def save(step: int, figures: Mapping[str, float]) -> None:
@@ -82,15 +89,28 @@ def fit(
         stores.push(directory)  # first: the metrics have to reach at least as far as the checkpoint
         checkpointer.save(step, state, source.get_state(), metadata, validation or None)
 
+    def stopped(signum: int, step: int) -> Stopped:
+        checkpointer.wait()
+        return Stopped(signum, f"{name} saved at step {step} of {total_steps}")
+
     try:
         with Progress(name, total_steps, initial=done, unit="step") as bar:
             for step in range(done + 1, total_steps + 1):
                 try:
-                    state, figures = _one_step(state, step_fn, source, step, total_steps, hooks)
+                    batch, figures = source.next(step_fn.parameters(state.params))
                 except StopIteration:  # the source has spent its budget
                     bar.advance_to(step - 1, step - 1, {})
                     save(step - 1, {})
                     break
+                except Stopped as stop:  # while it sampled: nothing of this step is done
+                    save(step - 1, {})
+                    raise stopped(stop.signum, step - 1) from None
+                state, metrics = step_fn(state, batch)
+                figures = dict(figures) | finalise(jax.device_get(metrics))
+                try:
+                    state, figures = _after(state, figures, step_fn, step, total_steps, hooks)
+                except Stopped as stop:
+                    raise stopped(stop.signum, checkpointer.latest_step() or 0) from None
                 reason = _unhealthy(figures) or (hooks.check(figures) if hooks.check else None)
                 if reason:
                     checkpointer.wait()
@@ -104,19 +124,15 @@ def fit(
                     save(step, figures)
                 bar.update(1, _headline(figures))
                 if stop and step < total_steps:
-                    checkpointer.wait()
-                    raise Stopped(stop, f"{name} saved at step {step} of {total_steps}")
+                    raise stopped(stop, step)
         checkpointer.wait()
         return state
     finally:
         writer.close()
 
 
-def _one_step(state, step_fn, source, step: int, total_steps: int, hooks: Hooks):
-    """One batch, one update and what follows it; figures as plain floats."""
-    batch, figures = source.next(step_fn.parameters(state.params))
-    state, metrics = step_fn(state, batch)
-    figures = dict(figures) | finalise(jax.device_get(metrics))
+def _after(state, figures: dict[str, float], step_fn, step: int, total_steps: int, hooks: Hooks):
+    """What follows an update, a validation and a hook: the state and all figures of the step."""
     due = hooks.validate_every and (step % hooks.validate_every == 0 or step == total_steps)
     if hooks.validate and due:
         figures |= {f"validation_{k}": v for k, v in hooks.validate(step_fn.parameters(state.params), step).items()}

@@ -6,7 +6,7 @@ Leaves out where batches come from, synchronising a teacher between steps and ch
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -231,20 +231,20 @@ def make_train_step(
     return TrainStep(jitted, state, mesh, merge, frozen)
 
 
-def accumulated(loss_fn: LossFn, denominators: Callable[[Any], tuple[jax.Array, ...]], parts: int) -> GradientFn:
-    """The gradient of `loss_fn` over a batch of named batches, computed `parts` rows at a time.
+def accumulated(loss_fn: LossFn, shared: Callable[[Any], Mapping[str, Any]], parts: int) -> GradientFn:
+    """The gradient of `loss_fn` over a batch, or a batch of named batches, computed in `parts` of its rows.
 
-    Rows are dealt out so that a device's stay on it. Denominators are taken over the whole batch first, so the
-    result is that of one large batch; gradients are added in float32. Metrics add up too, so logprob_diff_max
-    becomes the mean of the parts' maxima. Every batch's rows must divide by `parts`.
+    Rows are dealt out so that a device's stay on it. `shared` takes the denominators over the whole batch; every
+    part gets them as well, so the result is that of one large batch. Gradients are added in float32. Metrics add
+    up too, so logprob_diff_max becomes the mean of the parts' maxima. Every batch's rows must divide by `parts`.
     """
 
     def gradient(params, teacher, batches):
-        shared = denominators(batches)
+        whole = shared(batches)
         split = jax.tree.map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), batches)
 
         def one(part):
-            return jax.value_and_grad(loss_fn, has_aux=True)(params, teacher, part | {"denominators": shared})
+            return jax.value_and_grad(loss_fn, has_aux=True)(params, teacher, part | whole)
 
         def add(total, part):
             new = one(part)

@@ -8,13 +8,13 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from sdzero_jax import hosts, ledger, objectives, sharding
-from sdzero_jax.batches import ScoredSequence, response_sequence, sequence_batch
+from sdzero_jax.batches import NOTHING, ScoredSequence, response_sequence, sequence_batch
 from sdzero_jax.checkpoint import Checkpointer, save_params
 from sdzero_jax.chunks import ChunkLog
 from sdzero_jax.collect import sample
@@ -37,6 +37,8 @@ from sdzero_jax.teacher import sync_due
 from sdzero_jax.train import Hooks, fit
 from sdzero_jax.train_step import (
     NO_LORA,
+    GradientFn,
+    LossFn,
     TrainStep,
     accumulated,
     init_state,
@@ -50,27 +52,36 @@ from sdzero_jax.train_step import (
 
 
 def train_cross_entropy(
-    run: Run, name, folder, params, source, steps: int, config, hooks: Hooks = Hooks(), adapters: LoraConfig = NO_LORA
-):
-    """The trained parameters, by the loop with the cross-entropy objective.
+    run: Run, name, folder, params, source, steps: int, config, hooks: Hooks = Hooks(), *,
+    adapters: LoraConfig = NO_LORA, microbatches: int = 1,
+):  # fmt: skip
+    """The trained parameters, by the loop with the cross-entropy objective; `params` are used up.
 
     `config` owns objective, optimizer and checkpoint.
     """
     loss_fn = functools.partial(objectives.cross_entropy, config.objective, run.model)
+    shared = functools.partial(objectives.denominator, config.objective)
     optimizer, schedule = _optimizer(config.optimizer, steps)
     checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint)
     trained, frozen = _trained(run, params, adapters)
     step_fn = make_train_step(
-        loss_fn, run.model, optimizer, run.mesh, schedule=schedule, adapters=adapters, frozen=frozen
-    )
-    state = init_state(run.model, trained, optimizer, run.mesh, adapters=adapters)
+        loss_fn, run.model, optimizer, run.mesh, schedule=schedule,
+        differentiate=_in_parts(microbatches, shared), adapters=adapters, frozen=frozen,
+    )  # fmt: skip
+    start = functools.partial(init_state, run.model, trained, optimizer, run.mesh, adapters=adapters)
     try:
         state = fit(
-            name, folder, state, step_fn, source, steps, checkpointer, config.checkpoint.every, run.provenance, hooks
-        )
+            name, folder, start, step_fn, source, steps, checkpointer, config.checkpoint.every, run.provenance,
+            hooks, given=trained,
+        )  # fmt: skip
     finally:
         checkpointer.close()
     return step_fn.parameters(state.params)
+
+
+def _in_parts(microbatches: int, shared) -> Callable[[LossFn], GradientFn]:
+    """The gradient of a batch at once or, the same, in parts that share their denominators."""
+    return functools.partial(accumulated, shared=shared, parts=microbatches) if microbatches > 1 else value_and_gradient
 
 
 def _trained(run: Run, params, adapters: LoraConfig) -> tuple[Any, Any]:
@@ -83,18 +94,31 @@ def _trained(run: Run, params, adapters: LoraConfig) -> tuple[Any, Any]:
     return fresh(jax.random.key(run.config.seed)), params
 
 
+def rows_at_once(run: Run, rows: int, microbatches: int) -> int:
+    """As many rows as a train step's forward pass holds, divisible over the devices."""
+    devices = sharding.batch_devices(run.mesh)
+    return max(rows // microbatches // devices, 1) * devices
+
+
 def held_out_hooks(run: Run, sequences, config) -> Hooks:
     """Reports the loss on held-out traces at every save; nothing when there are none."""
     if not sequences:
         return Hooks()
-    parts = sharding.batch_devices(run.mesh)
-    rows = sequences[: len(sequences) // parts * parts] or sequences[:1] * parts  # divides over the devices
-    batch = sequence_batch(rows, config.data.max_length)
-    loss = jax.jit(functools.partial(objectives.cross_entropy, config.objective, run.model))
+    rows = rows_at_once(run, config.batch_size, config.microbatches)
+    batches = [
+        sequence_batch([*part, *[NOTHING] * (rows - len(part))], config.data.max_length)
+        for part in (sequences[start : start + rows] for start in range(0, len(sequences), rows))
+    ]
+    parts = [objectives.denominator(config.objective, batch)["denominator"] for batch in batches]
+    whole = {"denominator": float(parts[0] if config.objective.length_mode == "sum" else sum(parts))}
+
+    @jax.jit
+    def loss(params, batch):
+        return objectives.cross_entropy(config.objective, run.model, params, None, batch | whole)[0]
 
     def validate(params, step):
         with sharding.use(run.mesh):
-            return {"loss": float(loss(params, None, sharding.shard_batch(run.mesh, batch))[0])}
+            return {"loss": sum(float(loss(params, sharding.shard_batch(run.mesh, batch))) for batch in batches)}
 
     return Hooks(validate=validate, validate_every=config.checkpoint.every)
 
@@ -115,7 +139,10 @@ def off_policy(run: Run, folder: pathlib.Path, config: TrainConfig, method: Meth
     steps = max(config.epochs * len(sequences) // config.batch_size, 1)
     source = SequenceSource(sequences, config.batch_size, config.max_length, run.config.seed)
     training = SrtConfig(objective=config.cross_entropy, optimizer=config.optimizer, checkpoint=config.checkpoint)
-    params = train_cross_entropy(run, config.method, folder, params, source, steps, training, adapters=config.lora)
+    params = train_cross_entropy(
+        run, config.method, folder, params, source, steps, training,
+        adapters=config.lora, microbatches=config.microbatches,
+    )  # fmt: skip
     save_params(folder / "params", params, run.provenance)
     spent += ledger.of_training(history(folder))
     return {"sequences": len(sequences), "ledger": dataclasses.asdict(spent)}
@@ -158,7 +185,7 @@ def on_policy(run: Run, stage: str, folder: pathlib.Path, config: DistillConfig,
             if verdict != "ok":
                 say(f"{stage} round {number}: {line}")
             if verdict == "stop" and number == 1:
-                raise HealthStop(f"{stage} not started: {line}; the teacher would endorse errors")
+                raise HealthStop(f"{stage} not started: {line}; such a teacher would endorse errors")
             if verdict == "stop":
                 outcome["refused"] = f"synchronisation before round {number} refused: {line}"
                 break
@@ -170,7 +197,10 @@ def on_policy(run: Run, stage: str, folder: pathlib.Path, config: DistillConfig,
 
 
 def on_policy_round(run: Run, stage: str, folder, config: DistillConfig, method: Method, start, number: int):
-    """One round from a model that is the first student and, where there is one, the teacher; returns the student."""
+    """One round from a model that is the first student and, where there is one, the teacher; returns the student.
+
+    `start` is used up.
+    """
     optimizer_config = dataclasses.replace(
         config.optimizer, learning_rate=config.optimizer.learning_rate * config.round_scale ** (number - 1)
     )
@@ -178,30 +208,26 @@ def on_policy_round(run: Run, stage: str, folder, config: DistillConfig, method:
     source = on_policy_source(run, stage, config, method, number)
     terms = loss_terms(method, config.objective, config.policy, config.cross_entropy)
     loss_fn = functools.partial(objectives.combined, terms, run.model)
-    differentiate = value_and_gradient
-    if config.microbatches > 1:
-        differentiate = functools.partial(
-            accumulated, denominators=functools.partial(objectives.denominators, terms), parts=config.microbatches
-        )
+    shared = functools.partial(objectives.denominators, terms)
     optimizer, schedule = _optimizer(optimizer_config, steps)
     taught = method.uses("self_distillation") or (method.uses("policy_gradient") and config.policy.kl_weight > 0)
     teacher = config.teacher if taught else None
     trained, frozen = _trained(run, start, config.lora)
     step_fn = make_train_step(
         loss_fn, run.model, optimizer, run.mesh, teacher_config=teacher, schedule=schedule,
-        differentiate=differentiate, adapters=config.lora, frozen=frozen,
+        differentiate=_in_parts(config.microbatches, shared), adapters=config.lora, frozen=frozen,
     )  # fmt: skip
-    state = init_state(
-        run.model, trained, optimizer, run.mesh,
+    start = functools.partial(
+        init_state, run.model, trained, optimizer, run.mesh,
         teacher_config=teacher, reviser_params=trained, adapters=config.lora,
     )  # fmt: skip
     checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint, best_metric="validation_accuracy")
     most = steps + steps // 2 if config.budget else steps  # a budget ends by itself, near the steps planned
     try:
         state = fit(
-            f"{stage} {number}", folder, state, step_fn, source, most, checkpointer,
+            f"{stage} {number}", folder, start, step_fn, source, most, checkpointer,
             config.checkpoint.every, run.provenance,
-            on_policy_hooks(run, stage, folder, config, method, number, step_fn),
+            on_policy_hooks(run, stage, folder, config, method, number, step_fn), given=trained,
         )  # fmt: skip
     finally:
         checkpointer.close()
@@ -233,6 +259,7 @@ def on_policy_source(run: Run, stage: str, config: DistillConfig, method: Method
         context=context,
         opposite=config.objective.guidance > 0 and method.uses("self_distillation"),
         teacher=method.uses("self_distillation"),
+        reference=method.uses("policy_gradient") and config.policy.kl_weight > 0,
         advantage=advantage,
         replay=config.replay if replays else None,
         remembered=collected_attempts(run) if replays and "collect" in run.chain(stage) else (),
@@ -248,7 +275,7 @@ def collected_attempts(run: Run) -> list[Rollout]:
     for record in ChunkLog(run.folder("collect") / "traces.jsonl").records:
         trace = RevisionTrace.from_json(record)
         question = questions[trace.question_id]
-        pairs = [((*trace.init_ids, end), trace.init_verdict)]
+        pairs = [((*trace.init_ids, end), trace.init_verdict)] if trace.init_finish == "stop" else []
         if trace.revised_finish == "stop":
             pairs.append((trace.revised_ids, trace.revised_verdict))
         attempts += [Rollout(question, trace.prompt_ids, ids, (), "stop", verdict) for ids, verdict in pairs]
@@ -280,7 +307,8 @@ def on_policy_hooks(run: Run, stage: str, folder, config, method: Method, number
         verdict, line = judge_keep_rate(run.config.health, keep_rate)
         if verdict != "ok":
             say(f"{stage}: synchronisation at step {step}: {line}")
-        extra = {"keep_rate": keep_rate, "synchronised": 0.0 if verdict == "stop" else 1.0}
+        extra = {"synchronised": 0.0 if verdict == "stop" else 1.0}
+        extra |= {} if keep_rate is None else {"keep_rate": keep_rate}
         rows()[-1] |= extra
         return (state if verdict == "stop" else synchronise(state)), extra
 
@@ -302,14 +330,19 @@ def _since_synchronisation(rows: Sequence[Mapping[str, float]]) -> list[float]:
     return accuracies
 
 
-def measure_keep_rate(run: Run, params, label: str) -> float:
-    """Share of the model's own right answers on validation questions that its revision keeps right."""
+def measure_keep_rate(run: Run, params, label: str) -> float | None:
+    """Share of the model's own right answers on validation questions that its revision keeps right.
+
+    Revisions without a verdict are left out; None when nothing is left.
+    """
     questions = run.problems.questions("validation", run.config.health.questions)
     _, revisions = sample_and_revise(
         run.domain, run.sampler(), params, questions, run.config.evaluate.sampling,
         label=label, seed=run.config.seed, revise=(1.0,),
     )  # fmt: skip
-    return _mean([revision.verdict.reward or 0.0 for own in revisions for revision in own])
+    rewards = [revision.verdict.reward for own in revisions for revision in own]
+    judged = [reward for reward in rewards if reward is not None]
+    return _mean(judged) if judged else None
 
 
 def history(folder: pathlib.Path) -> list[dict[str, Any]]:

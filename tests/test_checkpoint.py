@@ -95,10 +95,38 @@ def test_what_is_no_fault_of_the_checkpoint_leaves_it_alone(tmp_path, error, rai
         raise error
 
     with monkeypatch.context() as patch, pytest.raises(raised):
-        patch.setattr(checkpointer._manager, "restore", fails)
+        patch.setattr(checkpointer, "_read", fails)
         checkpointer.restore(abstract_like(state()))
     assert not list(tmp_path.glob("*.damaged"))
     assert checkpointer.restore(abstract_like(state()))[0] == 2
+
+
+@pytest.mark.parametrize("unread", [True, False])
+def test_what_one_host_cannot_read_is_nobodys(tmp_path, unread, monkeypatch):
+    """This host reads step 2, another one does not: it stops with that one, or goes back with it."""
+    saved(tmp_path, [1, 2]).close()
+    checkpointer, others = Checkpointer(tmp_path, CheckpointConfig()), iter([["Input/output error", unread]])
+    monkeypatch.setattr("sdzero_jax.hosts.gather", lambda own: [own, next(others, [None, False])])
+    if unread:
+        with pytest.raises(Fault, match=r"2 cannot be read \(Input/output error\)"):
+            checkpointer.restore(abstract_like(state()))
+    else:
+        assert checkpointer.restore(abstract_like(state()))[0] == 1
+    assert (tmp_path / "2.damaged").exists() != unread
+
+
+def test_a_host_that_cannot_read_a_checkpoint_tells_the_others_before_it_stops(tmp_path, monkeypatch):
+    saved(tmp_path, [1]).close()
+    checkpointer, told = Checkpointer(tmp_path, CheckpointConfig()), []
+
+    def fails(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpointer, "_read", fails)
+    monkeypatch.setattr("sdzero_jax.hosts.gather", lambda own: told.append(own) or [own])
+    with pytest.raises(Fault):
+        checkpointer.restore(abstract_like(state()))
+    assert told == [["[Errno 5] Input/output error", True]]
 
 
 def test_an_unfinished_save_is_not_seen(tmp_path):

@@ -53,29 +53,64 @@ def elsewhere(tmp_path, monkeypatch):
         ("doctor configs/demo.py --topology v5p:2x2x1 sed=1", "did you mean 'seed'?"),
         ("doctor configs/demo.py --topology", "expected one argument"),
         ("configs/demo.py preset=papr", "did you mean 'paper'"),
-        ("base configs/demo.py base.optimizer.learning_rate=-1", "wanted 0.0 or more"),
+        ("base configs/demo.py base.optimizer.learning_rate=-1", "learning_rate is -1.0; wanted at least 0"),
         ("base configs/demo.py base.optimizer.schedule=cosin", "'constant', 'cosine' or 'linear'"),
         ("base configs/demo.py base.pretrained=nowhere/at_all", "but not problems.train"),
         ("collect configs/demo.py collect.questions=0", "collect.questions is 0; wanted at least 1"),
-        ("collect configs/demo.py collect.sampling.temperature=-1", "wanted >= 0"),
+        ("collect configs/demo.py collect.sampling.temperature=-1", "temperature is -1.0; wanted at least 0"),
         ("collect configs/demo.py phrases=qwen4", "did you mean 'qwen3'?"),
-        ("collect configs/demo.py seed=-1", "seed is -1; wanted 0 or more"),
-        ("srt configs/demo.py srt.optimizer.beta2=nan", "srt.optimizer.beta2 is nan; wanted 0.0 or more, up to 1.0"),
+        ("collect configs/demo.py seed=-1", "seed is -1; wanted a number in [0, 4294967295]"),
+        ("srt configs/demo.py srt.optimizer.beta2=nan", "srt.optimizer.beta2 is nan; wanted a number in [0, 1)"),
         ("srt configs/demo.py srt.data.mode=joined", "'joint', 'two_stage'"),
         ('srt configs/demo.py srt.lora.targets=["quary"]', "did you mean 'query'?"),
         ("distill configs/demo.py base.cache_dir=cache", "stage srt has not finished"),
         ("distill configs/demo.py distill.objective.divergence=jsd2(0.5)", "did you mean 'jsd'?"),
         ("distill configs/demo.py distill.objective.divergence=mixed_kl(2)", "wanted a number in [0, 1]"),
         ("distill configs/demo.py distill.teacher.ema_decay=2", "did you mean 'distill.teacher.ema_rate'?"),
-        ("distill configs/demo.py health.keep_rate_stop=2", "up to 1.0"),
-        ("base configs/demo.py run_dir=ftp://host/run", "wanted gs://... or s3://..."),
-        ("base configs/demo.py base.cache_dir=gs://", "wanted gs://... or s3://..."),
+        ("distill configs/demo.py health.keep_rate_stop=2", "wanted a number in [0, 1]"),
+        ("base configs/demo.py run_dir=ftp://host/run", "wanted a folder or gs://..."),
+        ("base configs/demo.py run_dir=s3://bucket/run", "wanted a folder or gs://..."),
+        ("base configs/demo.py base.cache_dir=gs://", "wanted a folder or gs://..."),
         ("distill configs/demo.py model.remat=some", "did you mean 'none'?"),
         ("train configs/demo.py train.method=sdzeroo", "did you mean 'sdzero'?"),
         ("train configs/demo.py train.start=nowhere", "'base', 'srt' or 'distill'"),
         ("train configs/demo.py train.lora.rank=-1", "wanted at least 1, or 0 for none"),
         ("train configs/demo.py train.microbatches=5", "train.microbatches=5 does not divide"),
         ("evaluate configs/demo.py evaluate.k=0", "evaluate.k is 0; wanted at least 1"),
+        ("model.num_heads=0", "num_heads=0; wanted at least 1"),
+        ("model.num_kv_heads=0", "num_kv_heads=0; wanted at least 1"),
+        ("model.num_layers=0", "num_layers=0; wanted at least 1"),
+        ("model.hidden_size=-8", "hidden_size=-8; wanted at least 1"),
+        ("model.head_dim=0", "head_dim=0; wanted at least 1"),
+        ("model.head_dim=5", "head_dim=5 must be even"),
+        ("model.initializer_range=nan", "model.initializer_range is nan; wanted more than 0"),
+        ("model.rope_theta=1", "model.rope_theta is 1.0; wanted more than 1"),
+        ("base.steps=-1", "base.steps is -1; wanted at least 0"),
+        ("base.steps=1000000000000", "base.steps is 1000000000000; wanted less than 2147483648"),
+        ("base.optimizer.learning_rate=inf", "learning_rate is inf; wanted less than 2147483648"),
+        ("base.optimizer.warmup_fraction=1", "warmup_fraction is 1.0; wanted a number in [0, 1)"),
+        ("srt.data.held_out=nan", "srt.data.held_out is nan; wanted a number in [0, 1)"),
+        ("srt.data.held_out=2", "srt.data.held_out is 2.0; wanted a number in [0, 1)"),
+        ("srt.data.held_out=-1", "srt.data.held_out is -1.0; wanted a number in [0, 1)"),
+        ("srt.data.max_length=0", "srt.data.max_length is 0; wanted at least 1"),
+        ("distill.objective.temperature=0", "distill.objective.temperature is 0.0; wanted more than 0"),
+        ("distill.validation_questions=-3", "distill.validation_questions is -3; wanted at least 1"),
+        ("distill.validate_every=-1", "distill.validate_every is -1; wanted at least 0"),
+        ("distill.round_scale=nan", "distill.round_scale is nan; wanted more than 0"),
+        ("distill.teacher.ema_rate=2", "distill.teacher.ema_rate is 2.0; wanted a number in (0, 1]"),
+        ("distill.teacher.schedule=sync_every", "sync_steps is 0; schedule sync_every needs at least 1"),
+        ("distill.replay.pairs=0", "distill.replay.pairs is 0; wanted at least 1"),
+        ("distill.advantage.decay=2", "distill.advantage.decay is 2.0; wanted a number in [0, 1]"),
+        ("distill.policy.clip_low=-1", "distill.policy.clip_low is -1.0; wanted a number in [0, 1]"),
+        ("distill.weights=[-1]", "distill.weights is -1.0; wanted at least 0"),
+        ("srt.lora.rank=-1", "wanted at least 1, or 0 for none"),
+        ("srt.lora.alpha=nan", "srt.lora.alpha is nan; wanted more than 0"),
+        ("localisation.questions=0", "localisation.questions is 0; wanted at least 1"),
+        ("localisation.examples=-1", "localisation.examples is -1; wanted at least 0"),
+        ("problems.graders.pool.deadline=inf", "deadline is inf; wanted a number in (0, 1000000]"),
+        ("problems.validation_share=1", "problems.validation_share is 1.0; wanted a number in (0, 1)"),
+        ("task.chain.batch_sizes=[0,1,1]", "task.chain.batch_sizes is 0; wanted at least 1"),
+        ("hosts.count=-1", "hosts.count is -1; wanted at least 0"),
         ("evaluate configs/demo.py evaluate.split=dev", "'test' or 'validation'"),
         ("localise configs/demo.py base.cache_dir=cache", "stage srt has not finished"),
         ("configs/demo.py sampler.cache_dtype=int4", "'int8' or 'float8_e4m3fn'"),
@@ -105,6 +140,32 @@ def test_bad_input_is_one_line_and_status_2(command, words, capsys, tmp_path):
     assert status == 2
     assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], err
     assert sorted(os.listdir(tmp_path)) == ["configs"], "something was written"
+
+
+def test_every_number_of_a_config_has_an_interval(monkeypatch):
+    from sdzero_jax import config, settings
+    from sdzero_jax.errors import UserError
+
+    demo = config.override(config.load_config("configs/demo.py"), ["distill.weights=[1]", "train.weights=[1]"])
+    flat = {name: value[0] if isinstance(value, list) else value for name, value in settings.flatten(demo).items()}
+    numbers = [name for name, value in flat.items() if isinstance(value, int | float) and not isinstance(value, bool)]
+    assert len(numbers) > 200
+    assert [name for name in numbers if config._interval(name) == config._ANY] == []
+    for name in numbers:
+        for value in (float("nan"), float("inf"), float("-inf"), 10**30):
+            with pytest.raises(UserError, match=f"^{name} is "):
+                config._check_range(name, value)
+    known = {word for name in numbers for word in (name.split(".")[-1], ".".join(name.split(".")[-2:]))}
+    named = [word for names in config._INTERVALS.values() for word in names.split()]
+    assert set(named) <= known and len(set(named)) == len(named)
+
+
+@pytest.mark.parametrize("body", ["raise SystemExit(3)", "def get_config():\n    exit('no data')"])
+def test_a_config_file_that_exits_is_bad_input(body, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(body)
+    assert run.main(["mine.py"]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "config mine.py cannot be used: SystemExit" in err
 
 
 def test_help_lists_the_settings(capsys):
@@ -170,6 +231,29 @@ def test_what_ends_one_of_several_processes_is_one_line(error, line, monkeypatch
     assert run.main([]) == 1 and left == [1]
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and err.startswith("stopped: ") and line in err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_step_that_does_not_fit_the_device_is_one_line(processes, monkeypatch, capsys):
+    def fails(argv):
+        raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.\n\nUsage:\n  ...")
+
+    monkeypatch.setattr("sdzero_jax.hosts._place", lambda: (0, processes))
+    monkeypatch.setattr("sdzero_jax.hosts.leave", lambda status: status)
+    monkeypatch.setattr(run, "dispatch", fails)
+    assert run.main([]) == 1
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and err.startswith("stopped: out of device memory (RESOURCE_EXHAUSTED"), err
+    assert all(word in err for word in ("what was saved stays", "distill.microbatches", "model.remat=full", "doctor"))
+
+
+def test_other_errors_of_a_device_show_where(monkeypatch):
+    def fails(argv):
+        raise JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(run, "dispatch", fails)
+    with pytest.raises(JaxRuntimeError, match="something else"):
+        run.main([])
 
 
 def test_a_fault_of_ours_on_one_of_several_processes_shows_where_and_does_not_wait(monkeypatch, capsys):

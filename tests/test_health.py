@@ -12,6 +12,7 @@ from sdzero_jax.health import HealthConfig, judge_keep_rate, length_collapse
         (0.6, "warn", "keep rate 0.600 is below 0.8 (health.keep_rate_warn)"),
         (0.79, "warn", "keep rate 0.790 is below 0.8 (health.keep_rate_warn)"),
         (0.8, "ok", "keep rate 0.800"),
+        (None, "stop", "no keep rate: none of 128 answers is right (health.questions)"),
     ],
 )
 def test_a_reviser_below_the_limits_warns_or_stops(keep_rate, verdict, line):
@@ -29,5 +30,5 @@ def test_short_responses_are_a_collapse():
 
 def test_a_limit_of_zero_turns_a_gate_off():
     config = HealthConfig(keep_rate_warn=0.0, keep_rate_stop=0.0)
-    assert judge_keep_rate(config, 0.0)[0] == "ok"
+    assert judge_keep_rate(config, 0.0)[0] == judge_keep_rate(config, None)[0] == "ok"
     assert length_collapse(config, {"mean_tokens": 0.0}) is None

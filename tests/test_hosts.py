@@ -71,6 +71,45 @@ def test_the_only_process_of_a_host_takes_all_its_gpus(environ, gpus):
     assert hosts._gpus_of_the_only_process(environ) == gpus
 
 
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+BY_HAND = HostsConfig("sdzero-0.sdzero:8476", 2, 1)
+
+
+@pytest.mark.parametrize(
+    "environ, package, config, calls",
+    [
+        (POD, True, HostsConfig(), [{}]),  # jax asks Kubernetes for the rest
+        (POD, False, HostsConfig(), []),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, True, HostsConfig(), []),  # a pod, but of no indexed Job
+        ({"JOB_COMPLETION_INDEX": "1"}, True, HostsConfig(), []),
+        (POD, True, BY_HAND, [{"coordinator_address": "sdzero-0.sdzero:8476", "num_processes": 2, "process_id": 1}]),
+    ],
+)
+def test_pods_of_an_indexed_job_find_each_other(environ, package, config, calls, monkeypatch):
+    for name in POD:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: (name == "kubernetes" and package) or None)
+    made = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **where: made.append(where))
+    hosts.initialize(config)
+    assert made == calls
+
+
+def test_a_cluster_that_says_nothing_is_one_line(monkeypatch):
+    class ConfigException(Exception):
+        """As the package `kubernetes` has it."""
+
+    def fails(**_):
+        raise ConfigException("Service host/port is not set.")
+
+    monkeypatch.setattr(hosts, "_in_indexed_job", lambda environ: True)
+    monkeypatch.setattr(jax.distributed, "initialize", fails)
+    with pytest.raises(UserError, match=r"\(Kubernetes\) did not find each other: Service host"):
+        hosts.initialize(HostsConfig())
+
+
 # ---------------------------------------------------------------------------------------- whole runs
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import pathlib
 from types import SimpleNamespace
 
 import jax
@@ -28,6 +29,7 @@ from test_method import (
 
 from sdzero_jax import ledger, objectives, sharding, statistics, training
 from sdzero_jax.batches import distill_batch, reviser_context
+from sdzero_jax.config import load_config, override, validate
 from sdzero_jax.errors import UserError
 from sdzero_jax.examples import Question, RevisionTrace, Verdict
 from sdzero_jax.health import HealthConfig
@@ -224,13 +226,24 @@ def test_micro_batches_give_the_step_of_one_large_batch():
     assert abs(naive - float(whole)) > 1e-3
 
 
+@pytest.mark.parametrize("mode", ["token_mean", "seq_mean_token_sum"])
+def test_micro_batches_of_sequences_give_the_gradient_of_the_batch(mode):
+    params, config = student_and_teacher()[0], objectives.CrossEntropy(length_mode=mode)
+    loss_fn = functools.partial(objectives.cross_entropy, config, MODEL)
+    (whole, _), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, None, replay_batch())
+    parts = accumulated(loss_fn, functools.partial(objectives.denominator, config), 2)
+    (summed, _), added = jax.jit(parts)(params, None, replay_batch())
+    assert float(summed) == pytest.approx(float(whole), rel=1e-5)
+    assert_trees_close(added, gradient, 1e-5)
+
+
 @pytest.mark.slow
 def test_a_step_with_micro_batches_moves_the_parameters_alike():
     params, teacher = student_and_teacher()
     batches = {"rollouts": batch_of(), "replay": replay_batch()}
     loss_fn = functools.partial(objectives.combined, TERMS, MODEL)
     mesh, moved = sharding.make_mesh(sharding.MeshConfig()), []
-    parts = functools.partial(accumulated, denominators=functools.partial(objectives.denominators, TERMS), parts=4)
+    parts = functools.partial(accumulated, shared=functools.partial(objectives.denominators, TERMS), parts=4)
     for differentiate in (value_and_gradient, parts):
         optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, epsilon=1e-3), 10)
         schedule = TeacherConfig()
@@ -336,6 +349,13 @@ def test_rollouts_are_handed_out_as_often_as_asked_and_counted_once():
     _, alone = source(teacher=False)
     batches, figures = alone.next(None)
     assert figures["teacher_tokens"] == 0 and not any(name.startswith("rev") for name in batches["rollouts"])
+
+
+def test_the_reference_of_a_policy_gradient_is_a_teacher_that_reads():
+    """kl_weight > 0: the teacher's forward pass is over the student's rows."""
+    _, own = source(teacher=False, reference=True)
+    figures = own.next(None)[1]
+    assert figures["teacher_tokens"] == figures["student_tokens"] == 8 + 11
 
 
 def test_a_budget_ends_training_once_it_is_spent():
@@ -444,6 +464,15 @@ def trace(init, init_reward, revised, revised_reward=1.0):
     )  # fmt: skip
 
 
+def test_an_answer_that_was_cut_off_is_not_taught_to_end():
+    cut = dataclasses.replace(trace([9], 1.0, [8, EOS]), init_finish="length")
+    data = SrtData(mode="compact", balance=False, held_out=0.0)
+    sequences, _, counts = srt_sequences([cut], SRT_STAGES["compact"][0], data, EOS)
+    assert counts["answers"] == 1 and sequences[-1].tokens == (1, 5, 8, EOS)
+    joint, _, _ = srt_sequences([cut], SRT_STAGES["joint"][0], data, EOS)  # no end token there, so it stays
+    assert joint[0].tokens[2] == 9
+
+
 def test_compact_srt_trains_revisions_and_every_right_answer():
     traces = [trace([7], 0.0, [8, EOS]), trace([9], 1.0, [8, EOS]), trace([4], 1.0, [6, EOS], 0.0)]
     data = SrtData(mode="compact", balance=False, held_out=0.0)
@@ -468,6 +497,56 @@ def test_methods_are_known_by_name_and_their_weights_can_be_changed():
         terms = loss_terms(method, SelfDistillation(), PolicyGradient(), CrossEntropy())
         assert all(term.batch in ("rollouts", "replay", "sequences") for term in terms)
         assert method.on_policy == all(term.batch != "sequences" for term in terms)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (["train.method=grpo", "train.samples=1"], r"train.samples=1 makes every advantage .*advantage.baseline=batch"),
+        (["train.method=reinforce", "train.samples=1", "train.advantage.baseline=group"], "every advantage"),
+        (["train.method=sdzero", "train.samples=1", "train.advantage.drop_uniform=true"], "leaves out every question"),
+        (["train.method=grpo", "train.policy.kl_weight=0.1", "train.teacher.schedule=live"], "which is 0"),
+        (
+            ["train.method=grpo", "train.policy.kl_weight=0.1", "train.teacher.schedule=sync_every",
+             "train.teacher.sync_steps=8"],
+            "sync_every moves nothing with train.method=grpo",
+        ),
+        (
+            ["train.method=reinforce", "train.policy.kl_weight=0.1", "train.teacher.schedule=sync_on_plateau"],
+            "sync_on_plateau moves nothing",
+        ),
+        (["train.method=sdft", "train.objective.guidance=1"], "guidance=1.0 changes nothing"),
+        (["distill.method=sdft_answer", "distill.objective.guidance=1"], "distill.objective.guidance=1.0"),
+    ],
+)  # fmt: skip
+def test_settings_that_train_nothing_are_refused(settings, message):
+    with pytest.raises(UserError, match=message) as refused:
+        validate(override(load_config(DEMO), settings))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["train.method=grpo", "train.samples=1", "train.advantage.baseline=batch"],
+        ["train.method=sft", "train.samples=1", "train.advantage.drop_uniform=true", "train.microbatches=2"],
+        ["train.method=grpo", "train.policy.kl_weight=0.1", "train.teacher.schedule=ema"],
+        ["train.method=sdzero_hybrid", "train.policy.kl_weight=0.1", "train.teacher.schedule=sync_every",
+         "train.teacher.sync_steps=8"],
+        ["train.method=sdzero", "train.samples=1", "train.objective.guidance=1", "train.teacher.schedule=live"],
+    ],
+)  # fmt: skip
+def test_their_neighbours_that_train_something_are_not(settings):
+    validate(override(load_config(DEMO), settings))
+
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+DEMO = str(CONFIGS / "demo.py")
+
+
+@pytest.mark.parametrize("path", sorted(p for p in CONFIGS.glob("*.py") if "def get_config" in p.read_text()))
+def test_every_config_of_the_project_is_in_order(path):
+    validate(load_config(str(path)))
 
 
 def test_a_plateau_synchronises_after_as_many_validations_without_a_best():

@@ -25,24 +25,19 @@ KILLS = int(os.environ.get("SDZERO_KILLS", "4"))
 pytestmark = pytest.mark.slow
 
 
-# Weights that are not numbers make every gradient of a step NaN; only training after the base has under 100 steps.
+# Weights that are not numbers make every gradient of a step NaN. The base's batches come from another source.
 POISON = """
 import sys
-import jax, numpy as np
+import numpy as np
 sys.path.insert(0, ".")
 import run
-from sdzero_jax import train
-one_step, seen = train._one_step, []
-def poisoned(state, step_fn, source, step, total_steps, hooks):
-    class Source:
-        def next(self, params):
-            batch, figures = source.next(params)
-            if total_steps < 100 and step == 5:
-                spoil = lambda leaf: leaf * np.nan if np.issubdtype(leaf.dtype, np.floating) else leaf
-                batch = jax.tree.map(spoil, batch)
-            return batch, figures
-    return one_step(state, step_fn, Source(), step, total_steps, hooks)
-train._one_step = poisoned
+from sdzero_jax.sources import SequenceSource
+draw, drawn = SequenceSource.next, []
+def poisoned(self, params):
+    batch, figures = draw(self, params)
+    drawn.append(batch)
+    return batch | ({"weights": batch["weights"] * np.nan} if len(drawn) == 5 else {}), figures
+SequenceSource.next = poisoned
 raise SystemExit(run.main(sys.argv[1:]))
 """
 
@@ -132,10 +127,14 @@ def test_killed_runs_end_with_the_same_bits(uninterrupted, tmp_path):
     assert outcome(tmp_path) == uninterrupted[1]
 
 
-def test_sigterm_saves_and_exits_143(uninterrupted, tmp_path):
+@pytest.mark.parametrize("mark", ["step/s", "== collect", "== distill", "== evaluate"])
+def test_sigterm_saves_and_exits_143(uninterrupted, tmp_path, mark):
+    """In a stage that trains, one that samples, one that does both."""
+    if mark != "step/s":
+        shutil.copytree(uninterrupted[0] / "cache", tmp_path / "cache")
     process = start(tmp_path)
-    while "step/s" not in log_of(tmp_path) and process.poll() is None:
-        time.sleep(0.2)
+    while mark not in log_of(tmp_path) and process.poll() is None:
+        time.sleep(0.05)
     time.sleep(1.0)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143

@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from sdzero_jax import signals
 from sdzero_jax.config import load_config
 from sdzero_jax.data import shuffled_batches
+from sdzero_jax.errors import Stopped
 from sdzero_jax.examples import Verdict
 from sdzero_jax.rollouts import RolloutIterator, SamplingConfig, sample_and_revise, sample_responses
 from sdzero_jax.runs import Run
@@ -119,3 +121,29 @@ def test_a_batch_drawn_ahead_is_one_step_old_and_no_more():
     ahead, fresh = iterator(True), iterator(False)
     got = [ahead.next(params(step)) for step in range(4)]
     assert got == [fresh.next(params(seed)) for seed in (0, 0, 1, 2)]
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_a_signal_cuts_sampling_short_and_the_batch_is_drawn_again(prefetch, monkeypatch):
+    whole = iterator(prefetch)
+    wanted = [whole.next(params(step)) for step in range(3)]
+    cut = iterator(prefetch)
+    assert prefetch or cut.next(params(0)) == wanted[0]  # with prefetch only the first batch can be cut
+    before = cut.get_state()
+    monkeypatch.setattr(signals, "pending", lambda: 15)
+    with pytest.raises(Stopped) as stop:
+        cut.next(params(0 if prefetch else 1))
+    assert stop.value.signum == 15
+    assert cut.get_state() == before
+    monkeypatch.undo()
+    again = iterator(prefetch)
+    again.set_state(before)
+    start = 0 if prefetch else 1
+    assert [again.next(params(step)) for step in range(start, 3)] == wanted[start:]
+
+
+def test_what_is_sampled_ahead_looks_at_no_signal(monkeypatch):
+    ahead, wanted = iterator(True), iterator(True)
+    first = ahead.next(params(0)), wanted.next(params(0))
+    monkeypatch.setattr(signals, "pending", lambda: 15)
+    assert first[0] == first[1] and ahead.next(params(1)) == wanted.next(params(1))

@@ -4,10 +4,12 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 from typing import ClassVar
 
 import fsspec
@@ -128,6 +130,30 @@ def test_parts_that_no_manifest_names_do_not_count(url, tmp_path, monkeypatch):
     assert (tmp_path / "two" / "a.jsonl").read_text() == '{"n": 0}\n'
 
 
+@pytest.mark.parametrize("then", ["[2]", "[1]"])
+def test_a_manifest_that_was_not_written_is_written_by_the_next_push(url, tmp_path, monkeypatch, then):
+    mirror = stores.Mirror(url, tmp_path / "one")
+    file = tmp_path / "one" / "a.json"
+    file.parent.mkdir()
+    file.write_text("[1]")
+    mirror.push(file)
+    file.write_text("[2]")
+    write = mirror._write
+
+    def fail_at_the_manifest(name, data):
+        if name == stores.MANIFEST:
+            raise Fault("the store is not there")
+        write(name, data)
+
+    with monkeypatch.context() as patch, pytest.raises(Fault):
+        patch.setattr(mirror, "_write", fail_at_the_manifest)
+        mirror.push(file)
+    file.write_text(then)  # the same again, or as it was before
+    mirror.push(file)
+    stores.Mirror(url, tmp_path / "two").pull()
+    assert (tmp_path / "two" / "a.json").read_text() == then
+
+
 def test_three_failing_calls_are_repeated(url, tmp_path, capsys):
     mirror = stores.Mirror(url, tmp_path)
     (tmp_path / "a.json").write_text("{}")
@@ -192,10 +218,83 @@ def test_local_places_are_left_alone(tmp_path):
     stores.push(tmp_path)
 
 
-@pytest.mark.parametrize("place", ["ftp://host/run", "gs://", "gs:///"])
+@pytest.mark.parametrize("place", ["ftp://host/run", "gs://", "gs:///", "s3://bucket/run"])
 def test_unknown_stores_are_refused(place):
-    with pytest.raises(UserError, match=r"wanted gs://\.\.\. or s3://\.\.\."):
+    with pytest.raises(UserError, match=r"no place for a run; wanted a folder or gs://\.\.\."):
         stores.local(place)
+
+
+@pytest.mark.parametrize("scheme, writes", [("gs", True), ("s3", False)])
+def test_the_stores_that_are_taken_are_those_that_orbax_writes_arrays_to(scheme, writes):
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    assert (scheme in stores.SCHEMES) == writes
+    with contextlib.nullcontext() if writes else pytest.raises(ValueError, match="should be absolute"):
+        tensorstore_utils.build_kvstore_tspec(f"{scheme}://one-bucket/run/1/state", name="w")
+
+
+# ---------------------------------------------------------------------------------------- checkpoints
+
+SAVES = """
+import jax.numpy as jnp
+import run
+from sdzero_jax import stores
+from sdzero_jax.checkpoint import CheckpointConfig, Checkpointer, abstract_like, load_params
+
+def saves(argv):
+    folder, state = stores.local("gs://one-bucket/run"), {"w": jnp.ones(4)}
+    if argv == ["load"]:
+        return load_params(folder / "checkpoints", abstract_like(state["w"]))
+    checkpointer = Checkpointer(folder / "checkpoints", CheckpointConfig())
+    restored = checkpointer.restore(abstract_like(state))
+    print("from step", restored and restored[0])
+    try:
+        for step in (10, 20, 30):
+            checkpointer.save(step, state, {}, {})
+    finally:
+        checkpointer.close()
+    return 0
+
+run.dispatch = saves
+raise SystemExit(run.main(__import__("sys").argv[1:]))
+"""
+
+
+class RefusingStore(FakeStore):
+    """Answers calls of these methods with 403 where they name a checkpoint from this step on."""
+
+    methods, first = (), 0
+
+    def answer(self, method, path, query, headers, data):
+        named = " ".join([path, *query.values(), data[:500].decode("latin1")])
+        match = re.search(r"checkpoints/(\d*)", urllib.parse.unquote(named))
+        if method in self.methods and match and int(match[1] or self.first) >= self.first:
+            return 403, {"error": {"message": "not allowed"}}, {}
+        return super().answer(method, path, query, headers, data)
+
+
+def test_a_store_that_refuses_checkpoints_ends_with_one_line_and_the_last_save(tmp_path):
+    pytest.importorskip("gcsfs")
+    store = RefusingStore()
+    environment = os.environ | store.environment | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+    def command(*words):
+        command = [sys.executable, "-c", SAVES, *words]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    def is_one_line(done):
+        lines = [line for line in done.stderr.splitlines() if "stopped: " in line]  # Orbax's threads print more
+        assert done.returncode == 1 and len(lines) == 1, done.stderr
+        assert "gs://one-bucket/run/checkpoints: the store failed" in lines[0]
+        assert "the same command goes on from there" in lines[0]
+
+    store.methods, store.first = ("POST", "PUT"), 20
+    is_one_line(command())
+    store.methods = ("GET",)
+    is_one_line(command("load"))  # not "no parameters"
+    store.methods = ()
+    assert command().stdout == "from step 10\n"
+    assert ("one-bucket", "run/checkpoints/30/commit_success.txt") in store.objects
 
 
 # ---------------------------------------------------------------------------------------- a whole run

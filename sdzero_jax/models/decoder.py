@@ -30,6 +30,7 @@ _CHOICES = {
     "compute_dtype": ("float32", "bfloat16", "float16"),
     "attention": IMPLEMENTATIONS,
 }
+_SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
 LAYER_TYPES = ("full", "sliding")
 LORA = "lora"  # where a tree of parameters holds adapters
 
@@ -73,6 +74,9 @@ class DecoderConfig:
             value = getattr(self, field)
             if value not in choices:
                 raise UserError(f"{field}={value!r} is not known{nearest(str(value), choices)}")
+        for field in _SIZES:
+            if getattr(self, field) < 1:
+                raise UserError(f"{field}={getattr(self, field)}; wanted at least 1")
         object.__setattr__(self, "layer_pattern", tuple(self.layer_pattern))
         unknown = [kind for kind in self.layer_pattern if kind not in LAYER_TYPES]
         if unknown or not self.layer_pattern:

@@ -24,6 +24,7 @@ from sdzero_jax.examples import Verdict
 from sdzero_jax.verifiers import checkers
 from sdzero_jax.verifiers.code_tests import BadTests, Case, CodeTests, parse_tests
 from sdzero_jax.verifiers.fences import Program, last_program
+from sdzero_jax.verifiers.pool import cores
 from sdzero_jax.verifiers.sandbox import (
     BOX,
     MIB,
@@ -137,7 +138,7 @@ def judge_many(items: Iterable[tuple[str | Program, Any]], *, limits: Limits = D
     Raises UserError without a sandbox. No more than a few items per worker are held at once.
     """
     get_sandbox(limits.python, limits.unsafe_without_sandbox)
-    workers = limits.workers or os.cpu_count() or 1
+    workers = limits.workers or cores()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         waiting: list[concurrent.futures.Future] = []
         for subject, tests in items:

@@ -79,7 +79,7 @@ class WorkerPool:
         self._failed_starts = 0
         self._workers: list[_Worker] = []
         self._closed = False
-        for _ in range(settings.workers or os.cpu_count() or 1):
+        for _ in range(settings.workers or cores()):
             self._workers.append(self._start())
 
     def run(self, items: Sequence[Any]) -> list[Any]:
@@ -388,3 +388,8 @@ def _limit_memory(memory_mib: int) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         limit = memory_mib * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
+
+
+def cores() -> int:
+    """Cores that this process may use: a scheduler may have given it only a part of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
