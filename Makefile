@@ -11,6 +11,10 @@ ARGS    ?=
 # One worker per core, a file stays on its worker: files share expensive fixtures.
 PARALLEL ?= -n auto --dist loadfile
 
+ifeq ($(filter cpu cuda tpu,$(BACKEND)),)
+$(error BACKEND=$(BACKEND); wanted cpu, cuda or tpu)
+endif
+
 REQUIREMENTS_cpu  := requirements.txt
 REQUIREMENTS_cuda := requirements-cuda.txt
 REQUIREMENTS_tpu  := requirements-tpu.txt

@@ -17,6 +17,8 @@ a save. The same command goes on where it stopped.
 
 import argparse
 import itertools
+import os
+import pathlib
 import sys
 import traceback
 
@@ -35,7 +37,7 @@ _LESS_MEMORY = (
 def main(argv: list[str]) -> int:
     """Runs one subcommand and returns the exit status."""
     from sdzero_jax import hosts
-    from sdzero_jax.errors import Fault, HealthStop, Stopped, UserError, full_disk, out_of_memory
+    from sdzero_jax.errors import Fault, HealthStop, Stopped, UserError, full_disk, no_backend, out_of_memory
 
     try:
         return dispatch(argv)
@@ -53,6 +55,11 @@ def main(argv: list[str]) -> int:
         return hosts.leave(130)
     except Exception as error:
         detail = _one_line(error)[:200]
+        if no_backend(error):
+            asked = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: " if "JAX_PLATFORMS" in os.environ else ""
+            wanted = "cpu, cuda (requirements-cuda.txt) or tpu (requirements-tpu.txt), or leave it out"
+            print(f"error: {asked}jax finds no such device here; wanted {wanted} ({detail})", file=sys.stderr)
+            return hosts.leave(2)
         if isinstance(error, Fault):
             print(f"stopped: {_one_line(error)}", file=sys.stderr)
         elif full_disk(error):
@@ -83,6 +90,8 @@ def dispatch(argv: list[str]) -> int:
         argv = argv if {"-h", "--help"} & set(argv) else ["demo", *argv]
     elif first.endswith(".py"):
         argv = ["pipeline", *argv]
+    elif first not in COMMANDS and pathlib.Path(f"{first}.py").is_file():
+        raise UserError(f"unknown subcommand {first!r}; did you mean the config {first}.py?")
     elif first not in COMMANDS:
         raise UserError(f"unknown subcommand {first!r}{nearest(first, COMMANDS)}")
     arguments = parser().parse_args(_options_last(argv))
@@ -105,7 +114,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         from sdzero_jax.errors import UserError
 
-        raise UserError(f"{message} (python {self.prog} --help)")
+        _, _, unknown = message.partition("unrecognized arguments: --")
+        name = unknown.partition(" ")[0].partition("=")[0]
+        hint = f"; settings are written without --: {name}=VALUE" if "." in name else ""
+        raise UserError(f"{message}{hint} (python {self.prog} --help)")
 
 
 class _Help(argparse.Action):
@@ -215,6 +227,8 @@ def run_stages(arguments) -> int:
             result = pipeline.run_stage(run, arguments.stage)
             if arguments.stage == "evaluate":
                 hosts.show(pipeline.table(result["models"]))
+            if arguments.stage == "localise":
+                hosts.show(pipeline.localised(result["summary"]))
             if arguments.stage == "train":
                 hosts.show(pipeline.table({run.config.train.method: pipeline.evaluate_stage(run, "train")}))
         else:

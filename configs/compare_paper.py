@@ -79,7 +79,7 @@ ENTRIES = {
     "sdzero_grpo": method(
         "SD-Zero, then GRPO", "distill.passes=1", "train.start=distill", *GRPO, rate="5e-4", grid=REWARD_RATES
     ),
-    "reinforce": method("REINFORCE, batch baseline", *REINFORCE, rate="2.5e-4", grid=REWARD_RATES),
+    "reinforce": method("REINFORCE", *REINFORCE, rate="2.5e-4", grid=REWARD_RATES),
     "guided_replay": method("guided SD-Zero + replay + sync", "train.method=sdzero_replay", *BEYOND, rate="4e-4"),
     "hybrid": method("the same + policy gradient", *HYBRID, rate="1e-3", grid=OTHER_RATES),
 }

@@ -56,5 +56,5 @@ def get_config() -> Config:
             ),
             optimizer=OptimizerConfig(learning_rate=5e-6),
         ),
-        evaluate=EvaluateConfig(questions=500, k=8, sampling=sampling),
+        evaluate=EvaluateConfig(questions=500, k=8, chunk=32, sampling=sampling),
     )

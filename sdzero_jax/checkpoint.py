@@ -117,7 +117,7 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def _set_aside(self, step: int, reason: str) -> None:
-        say(f"checkpoint {self._directory / str(step)} is damaged ({reason}); going back to the one before")
+        say(f"checkpoint {self._directory / str(step)} is damaged ({reason}); set aside")
         if hosts.is_first():
             damaged = self._directory / str(step)
             if stores.is_url(damaged):
@@ -203,8 +203,3 @@ def _bit_sum(leaf: jax.Array) -> jax.Array:
         else jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}"))
     )
     return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
-
-
-def abstract_like(state):
-    """Shapes, dtypes and shardings of `state`, to restore into."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)

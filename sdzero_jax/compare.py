@@ -66,6 +66,15 @@ class Comparison:
         return stores.local(self.directory) / self.name
 
 
+# What every run of a comparison gets from it.
+_TAKEN = {
+    "seed": "such as 'seeds=[0,1,2]'",
+    "task.seed": "such as 'seeds=[0,1,2]'; each seed has its own world",
+    "run_dir": "directory=, under which the comparison's name is the folder",
+    "train.budget": "budget=",
+}
+
+
 def load_comparison(path: str, overrides: Sequence[str]) -> Comparison:
     """The Comparison of a file with `get_comparison()`; overrides are of its config, or of the comparison itself.
 
@@ -76,6 +85,8 @@ def load_comparison(path: str, overrides: Sequence[str]) -> Comparison:
     own = ("seeds", "budget", "directory", "tuning_seeds", "reference")
     for assignment in overrides:
         name, _, text = assignment.partition("=")
+        if name in _TAKEN:
+            raise UserError(f"{assignment}: a comparison has its own, {_TAKEN[name]}")
         if name == "only":
             comparison = _only(comparison, settings.parse(tuple[str, ...], text, name))
         elif name in own:
@@ -93,6 +104,8 @@ def _only(comparison: Comparison, names: Sequence[str]) -> Comparison:
             raise UserError(f"only={list(names)}: no entry {name!r}{nearest(name, comparison.entries)}")
     entries = {name: entry for name, entry in comparison.entries.items() if name in names}
     reference = comparison.reference if comparison.reference in entries else ""
+    if reference != comparison.reference:
+        say(f"only= leaves out the reference {comparison.reference!r}; differences are to {next(iter(entries))!r}")
     return dataclasses.replace(comparison, entries=entries, reference=reference)
 
 

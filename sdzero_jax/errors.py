@@ -6,6 +6,7 @@ and exits with status 2. Anything else that escapes is a fault of ours (status 1
 
 import difflib
 import errno
+import traceback
 from collections.abc import Iterable, Iterator
 
 
@@ -29,6 +30,17 @@ def out_of_memory(error: BaseException | None) -> bool:
 
     said = ("RESOURCE_EXHAUSTED", "Out of memory")
     return any(isinstance(e, jax.errors.JaxRuntimeError) and any(s in str(e) for s in said) for e in causes(error))
+
+
+def no_backend(error: BaseException | None) -> bool:
+    """Whether jax found no device of the kind that it was told to use."""
+    return any(_no_backend(e) for e in causes(error))
+
+
+def _no_backend(error: BaseException) -> bool:
+    if isinstance(error, AssertionError):  # jax without its CUDA plugin, told to use CUDA
+        return traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py")
+    return isinstance(error, RuntimeError) and str(error).startswith("Unable to initialize backend")
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -79,9 +79,10 @@ def srt_sequences(
     held = set(order[: round(data.held_out * len(fitting))].tolist())
     training = [trace for i, trace in enumerate(fitting) if i not in held]
     if not training:
+        mend = "raise srt.data.max_length" if usable else "no revision was right: raise collect.questions or revisions"
         raise NothingLeft(
             f"no revision trace to train on ({len(traces)} collected, {len(usable)} usable, {len(fitting)} within "
-            f"{data.max_length} tokens); collect more questions or raise srt.data.max_length"
+            f"{data.max_length} tokens); {mend}"
         )
     counts = {"traces": len(training), "held_out": len(held), "overlong": len(usable) - len(fitting)}
     if data.balance:

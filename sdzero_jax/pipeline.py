@@ -11,7 +11,7 @@ import functools
 import pathlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -295,6 +295,17 @@ def table(summary: dict[str, Any]) -> str:
         lines.append(f"{name:<14}" + "".join(f"{'-' if cell is None else f'{cell:.3f}':>17}" for cell in cells))
     if summary.get("sdzero_sync_reason"):
         lines.append(f"sdzero_sync: {summary['sdzero_sync_reason']}")
+    return "\n".join(lines)
+
+
+def localised(summary: Mapping[str, Any]) -> str:
+    """A localisation's summary as text: how well two scores of a token find the first error."""
+    lines = [f"{summary['localised']} of {summary['wrong']} wrong responses have a known first error"]
+    for name in ("kl", "entropy", "chance"):
+        auroc = 0.5 if name == "chance" else summary[f"auroc_{name}"]
+        figures = {"AUROC": auroc, "top-1": summary[f"top1_{name}"], "top-3": summary[f"top3_{name}"]}
+        cells = (f"{figure} {'-' if value is None else f'{value:.3f}'}" for figure, value in figures.items())
+        lines.append(f"{name:<10}" + "  ".join(cells))
     return "\n".join(lines)
 
 

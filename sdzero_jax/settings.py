@@ -60,7 +60,10 @@ def parse(annotation: Any, text: str, path: str) -> Any:
         try:
             return adapter.validate_json(text)
         except pydantic.ValidationError:
-            raise UserError(f"setting {path}={text}: {_reason(first)}") from None
+            listed = first.errors()[0]["type"] in ("tuple_type", "list_type")
+            item = text if text[:1].isdigit() else json.dumps(text)
+            form = f"; a list is written as '{path}=[{item}]'" if listed and "[" not in text else ""
+            raise UserError(f"setting {path}={text}: {_reason(first)}{form}") from None
 
 
 def check(config: Any, path: str = "") -> None:

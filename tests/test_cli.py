@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 from jax.errors import JaxRuntimeError
@@ -26,6 +28,11 @@ def elsewhere(tmp_path, monkeypatch):
     "command, words",
     [
         ("colect", "unknown subcommand 'colect'; did you mean 'collect'?"),
+        ("configs/smoke", "did you mean the config configs/smoke.py?"),
+        ("configs/demo.py --srt.epochs 8", "settings are written without --: srt.epochs=VALUE"),
+        ("compare configs/compare_paper.py seed=3", "a comparison has its own, such as 'seeds=[0,1,2]'"),
+        ("compare configs/compare_paper.py run_dir=x", "directory="),
+        ("compare configs/compare_paper.py only=grpo", "a list is written as 'only=[\"grpo\"]'"),
         ("configs/dem.py", "did you mean 'configs/demo.py'?"),
         ("srt configs/none.py", "no config file 'configs/none.py'"),
         ("srt README.md", "no config file 'README.md'"),
@@ -140,6 +147,19 @@ def test_bad_input_is_one_line_and_status_2(command, words, capsys, tmp_path):
     assert status == 2
     assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], err
     assert sorted(os.listdir(tmp_path)) == ["configs"], "something was written"
+
+
+@pytest.mark.parametrize("platform", ["gpuu", "cuda", "tpu"])
+def test_a_device_that_is_not_there_is_one_line_and_status_2(platform, tmp_path):
+    # A process of its own: jax looks for its devices once.
+    environment = os.environ | {"JAX_PLATFORMS": platform, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "run.py"), "configs/smoke.py", "base.cache_dir=cache"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    if platform != "gpuu" and done.returncode == 0:
+        pytest.skip(f"this machine has {platform}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert len(lines) == 1 and f"JAX_PLATFORMS={platform}: jax finds no such device here" in lines[0]
 
 
 def test_every_number_of_a_config_has_an_interval(monkeypatch):

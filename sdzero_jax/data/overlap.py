@@ -79,7 +79,7 @@ def check_overlap(
         f"training questions overlap with evaluation: {told} (first: {pairs[0].train_id} is {pairs[0].evaluation_id})"
     )
     if not allow:
-        raise UserError(f"{message}; take other questions or allow the overlap in the settings")
+        raise UserError(f"{message}; take other questions, or set problems.overlap=drop (or allow)")
     _log.warning("%s; allowed", message)
     return pairs
 
