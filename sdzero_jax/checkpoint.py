@@ -203,3 +203,8 @@ def _bit_sum(leaf: jax.Array) -> jax.Array:
         else jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}"))
     )
     return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+
+
+def abstract_like(state):
+    """Shapes, dtypes and shardings of `state`, to restore into."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdzero_jax.checkpoint import CheckpointConfig, Checkpointer, fingerprint, load_params, save_params
+from sdzero_jax.checkpoint import CheckpointConfig, Checkpointer, abstract_like, fingerprint, load_params, save_params
 from sdzero_jax.errors import Fault, UserError
 
 
@@ -15,11 +15,6 @@ def state(seed=0):
         "step": jnp.int32(seed),
         "params": {"w": jax.random.normal(key, (40, 30)), "half": jax.random.normal(key, (16,), jnp.bfloat16)},
     }
-
-
-def abstract_like(state):
-    """Shapes, dtypes and shardings of `state`, to restore into."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
 
 
 def saved(directory, steps, config=CheckpointConfig(), **metrics):
