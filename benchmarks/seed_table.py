@@ -3,7 +3,7 @@
     for s in 0 1 2; do python run.py seed=$s task.seed=$s run_dir=runs/seed$s; done
     python benchmarks/seed_table.py runs/seed0 runs/seed1 runs/seed2
 
-Exit status 1 when a margin does not hold.
+Exit status 1 when a margin does not hold, 2 for a folder without a finished run.
 """
 
 import json
@@ -23,6 +23,10 @@ MARGINS = {
 
 
 def main(folders: list[str]) -> int:
+    missing = [folder for folder in folders if not (pathlib.Path(folder) / "summary.json").is_file()]
+    if missing or not folders:
+        print(f"error: no finished run in {missing or 'no folder'}; wanted RUN [RUN ...]", file=sys.stderr)
+        return 2
     summaries = [json.loads((pathlib.Path(folder) / "summary.json").read_text()) for folder in folders]
     print("| seed | model | " + " | ".join(COLUMNS) + " |")
     print("|" + "---|" * (len(COLUMNS) + 2))

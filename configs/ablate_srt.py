@@ -4,7 +4,7 @@ SRT itself is run at a learning rate tuned for each form; SD-Zero after it keeps
 
 Command:   python run.py compare configs/ablate_srt.py
 Hardware:  2 CPU cores, 2 GB of memory
-Expected:  not run at full size yet
+Expected:  29 minutes beside other work; the table is in docs/RESULTS.md
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 Command:   python run.py            (or: python run.py configs/demo.py)
 Hardware:  2 CPU cores, 2 GB of memory
-Expected:  see docs/RESULTS.md; 6 to 10 minutes, of which training the base takes half
+Expected:  see docs/RESULTS.md; 5 to 10 minutes, of which training the base takes half
 """
 
 from sdzero_jax.batches import DistillLayout
