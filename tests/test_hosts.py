@@ -6,6 +6,7 @@ The processes talk through gloo, as they would through a network.
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -191,7 +192,8 @@ def test_a_signal_or_a_kill_to_one_process_stops_both_and_the_run_goes_on(two, t
     second.send_signal(signal.SIGTERM)
     assert [first.wait(), second.wait()] == [143, 143], (tmp_path / "log0").read_text()[-3000:]
     last = [(tmp_path / f"log{index}").read_text().splitlines()[-1] for index in range(2)]
-    assert last[0] == last[1] and "saved at step" in last[0], last
+    # SRT takes a second here: where it is over when the signal arrives, the sampling behind it is what stops.
+    assert last[0] == last[1] and re.search("saved at step|sampling was cut short", last[0]), last
 
     written = len((tmp_path / "log0").read_text())
     first, second = start(tmp_path, 2)
