@@ -28,9 +28,9 @@ COMMANDS = ("demo", "pipeline", *STAGES, "compare", "report", "doctor", "verify"
 
 
 _LESS_MEMORY = (
-    "what was saved stays. Raise srt.microbatches, distill.microbatches or train.microbatches, set model.remat=full or "
-    "offload, or lower base.batch_size or sampler.slots, and add --fork; `python run.py doctor CONFIG` says what takes "
-    "how much"
+    "what was saved stays. Raise srt.microbatches, distill.microbatches or train.microbatches (a row per device at "
+    "least), set model.remat=full or offload, or lower base.batch_size or sampler.slots, and add --fork; "
+    "`python run.py doctor CONFIG` says what takes how much"
 )
 
 
@@ -58,7 +58,8 @@ def main(argv: list[str]) -> int:
         if no_backend(error):
             asked = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: " if "JAX_PLATFORMS" in os.environ else ""
             wanted = "cpu, cuda (requirements-cuda.txt) or tpu (requirements-tpu.txt), or leave it out"
-            print(f"error: {asked}jax finds no such device here; wanted {wanted} ({detail})", file=sys.stderr)
+            reason = f" ({detail})" if detail else ""
+            print(f"error: {asked}jax finds no such device here; wanted {wanted}{reason}", file=sys.stderr)
             return hosts.leave(2)
         if isinstance(error, Fault):
             print(f"stopped: {_one_line(error)}", file=sys.stderr)

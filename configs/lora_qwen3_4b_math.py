@@ -26,12 +26,22 @@ def get_config() -> Config:
     return with_adapters(sdzero_qwen3_4b_math.get_config(), "lora_qwen3_4b_math")
 
 
-def with_adapters(config: Config, name: str) -> Config:
-    """A setting for many accelerators on a single small one."""
+def with_adapters(config: Config, name: str, response: int = RESPONSE) -> Config:
+    """A setting for many accelerators on a single one, with responses of up to `response` tokens."""
     replace = dataclasses.replace
     adapters = LoraConfig(rank=32, alpha=64.0)
-    sampling = replace(config.collect.sampling, max_new_tokens=RESPONSE)
-    teacher = PROMPT + 2 * RESPONSE + 64  # x | y_init | d P_r d | y_rev
+    sampling = replace(config.collect.sampling, max_new_tokens=response)
+    teacher = PROMPT + 2 * response + 64  # x | y_init | d P_r d | y_rev
+    distill = replace(
+        config.distill,
+        lora=adapters,
+        questions=3000,
+        batch_size=ROWS,
+        microbatches=ROWS,
+        sampling=sampling,
+        layout=DistillLayout(max_prompt=PROMPT, max_response=response, max_teacher_tokens=teacher),
+        optimizer=replace(config.distill.optimizer, learning_rate=5e-5),
+    )
     return replace(
         config,
         name=name,
@@ -48,15 +58,7 @@ def with_adapters(config: Config, name: str) -> Config:
             data=replace(config.srt.data, max_length=teacher),
             optimizer=replace(config.srt.optimizer, learning_rate=5e-5),
         ),
-        distill=replace(
-            config.distill,
-            lora=adapters,
-            questions=3000,
-            batch_size=ROWS,
-            microbatches=ROWS,
-            sampling=sampling,
-            layout=DistillLayout(max_prompt=PROMPT, max_response=RESPONSE, max_teacher_tokens=teacher),
-            optimizer=replace(config.distill.optimizer, learning_rate=5e-5),
-        ),
+        distill=distill,
+        train=sdzero_qwen3_4b_math.train_as(distill),
         evaluate=replace(config.evaluate, sampling=sampling),
     )

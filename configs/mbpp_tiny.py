@@ -5,7 +5,7 @@ judged in the sandbox; then every stage runs as it would with a pretrained model
 
 Command:   python run.py configs/mbpp_tiny.py
 Before:    python run.py data prepare mbpp --from tests/data/questions
-Hardware:  2 CPU cores, 4 GB of memory; the hub for the tokenizer, or problems.tokenizer=FOLDER
+Hardware:  2 CPU cores, 4 GB of memory, bubblewrap; the hub for the tokenizer, or problems.tokenizer=FOLDER
 Expected:  about 5 minutes; the figures mean nothing but that everything works together
 """
 

@@ -26,6 +26,8 @@ def on_programs(config: Config, name: str) -> Config:
     replace = dataclasses.replace
     longer = PROMPT - config.distill.layout.max_prompt
     layout = config.distill.layout
+    layout = replace(layout, max_prompt=PROMPT, max_teacher_tokens=layout.max_teacher_tokens + longer)
+    distill = replace(config.distill, layout=layout)
     return replace(
         config,
         name=name,
@@ -34,8 +36,6 @@ def on_programs(config: Config, name: str) -> Config:
             config.problems, train="codeforces_cots:train", test="livecodebench:test", max_prompt_tokens=PROMPT
         ),
         srt=replace(config.srt, data=replace(config.srt.data, max_length=config.srt.data.max_length + longer)),
-        distill=replace(
-            config.distill,
-            layout=replace(layout, max_prompt=PROMPT, max_teacher_tokens=layout.max_teacher_tokens + longer),
-        ),
+        distill=distill,
+        train=sdzero_qwen3_4b_math.train_as(distill),
     )

@@ -9,9 +9,11 @@ Hardware:  16 chips: a v6e:4x4 (SRT takes 16.0 of 31.25 GiB per chip, by the est
 Expected:  not run yet. The paper (arXiv:2604.12002) has the figures that this setting is after
 """
 
+import dataclasses
+
 from sdzero_jax.batches import DistillLayout
 from sdzero_jax.collect import CollectConfig
-from sdzero_jax.config import BaseConfig, Config, DistillConfig, SrtConfig
+from sdzero_jax.config import BaseConfig, Config, DistillConfig, SrtConfig, TrainConfig
 from sdzero_jax.evaluate import EvaluateConfig
 from sdzero_jax.methods import SrtData
 from sdzero_jax.models import PRESETS
@@ -22,11 +24,27 @@ from sdzero_jax.sampler import SamplerConfig
 from sdzero_jax.sharding import mesh_preset
 
 DEVICES = 16
+SAMPLES = 4  # of the stage `train`, responses per question
 PROMPT, RESPONSE = 1024, 16_384  # tokens
+
+
+def train_as(distill: DistillConfig) -> TrainConfig:
+    """Another method alone (GRPO unless told otherwise), with phase 2's questions, lengths and rows at once."""
+    own = {field.name: getattr(distill, field.name) for field in dataclasses.fields(distill)}
+    own |= {"method": "grpo", "samples": SAMPLES, "microbatches": distill.microbatches * SAMPLES}
+    return TrainConfig(**own, max_length=distill.layout.max_prompt + distill.layout.max_response)
 
 
 def get_config() -> Config:
     sampling = SamplingConfig(temperature=0.7, max_new_tokens=RESPONSE)
+    distill = DistillConfig(
+        questions=9000,
+        passes=1,
+        batch_size=DEVICES,
+        sampling=sampling,
+        layout=DistillLayout(max_prompt=PROMPT, max_response=RESPONSE, max_teacher_tokens=PROMPT + 2 * RESPONSE + 64),
+        optimizer=OptimizerConfig(learning_rate=5e-6),
+    )
     return Config(
         name="sdzero_qwen3_4b_math",
         run_dir="runs/sdzero_qwen3_4b_math",
@@ -46,15 +64,7 @@ def get_config() -> Config:
             data=SrtData(max_length=PROMPT + 2 * RESPONSE + 64),
             optimizer=OptimizerConfig(learning_rate=5e-6, schedule="cosine", weight_decay=1e-4),
         ),
-        distill=DistillConfig(
-            questions=9000,
-            passes=1,
-            batch_size=DEVICES,
-            sampling=sampling,
-            layout=DistillLayout(
-                max_prompt=PROMPT, max_response=RESPONSE, max_teacher_tokens=PROMPT + 2 * RESPONSE + 64
-            ),
-            optimizer=OptimizerConfig(learning_rate=5e-6),
-        ),
+        distill=distill,
+        train=train_as(distill),
         evaluate=EvaluateConfig(questions=500, k=8, chunk=32, sampling=sampling),
     )

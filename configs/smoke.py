@@ -1,4 +1,4 @@
-"""Every stage of the demo in a few minutes, too short to learn much: does the machinery run?
+"""Every stage of the demo in one or two minutes, too short to learn much: does the machinery run?
 
 Command:   python run.py configs/smoke.py
 Hardware:  2 CPU cores

@@ -225,6 +225,12 @@ def _interval(path: str) -> str:
     return next(found, _ANY)
 
 
+def rows_per_step(config: SrtConfig | DistillConfig) -> int:
+    """Rows of a batch: a question has several only where it is sampled."""
+    sampled = isinstance(config, DistillConfig) and find_method(config.method, config.weights).on_policy
+    return config.batch_size * (config.samples if sampled else 1)
+
+
 def _validate_on_policy(path: str, config: DistillConfig) -> None:
     method = find_method(config.method, config.weights)
     if config.sampling.max_new_tokens > config.layout.max_response and method.on_policy:
@@ -238,11 +244,9 @@ def _validate_on_policy(path: str, config: DistillConfig) -> None:
             f"{path}.objective.importance_cap={objective.importance_cap} compares log-probs at temperature 1, "
             f"but {path}.objective.temperature={objective.temperature}; set one of them back"
         )
-    if config.batch_size * config.samples % config.microbatches:
-        raise UserError(
-            f"{path}.microbatches={config.microbatches} does not divide {path}.batch_size x {path}.samples = "
-            f"{config.batch_size * config.samples}"
-        )
+    if rows_per_step(config) % config.microbatches:
+        rows = f"{path}.batch_size x {path}.samples" if method.on_policy else f"{path}.batch_size"
+        raise UserError(f"{path}.microbatches={config.microbatches} does not divide {rows} = {rows_per_step(config)}")
     if method.uses("replay") and config.replay.pairs % config.microbatches:
         raise UserError(
             f"{path}.microbatches={config.microbatches} does not divide {path}.replay.pairs={config.replay.pairs}"

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from sdzero_jax.checkpoint import load_params, save_params
 from sdzero_jax.errors import UserError, nearest
-from sdzero_jax.files import read_json
+from sdzero_jax.files import check_writable, read_json
 from sdzero_jax.models import (
     DecoderConfig,
     LanguageModel,
@@ -194,6 +194,7 @@ def _check_replaceable_orbax(place: pathlib.Path) -> None:
         raise UserError(
             f"{place} holds files that were not converted here ({', '.join(present[:3])}); give a new folder"
         )
+    check_writable(place, "give another folder")
 
 
 def _save_orbax(

@@ -4,8 +4,10 @@ Of a run on several hosts the first one writes; on the others writing does nothi
 remote file systems.
 """
 
+import errno
 import json
 import os
+import tempfile
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +15,21 @@ from typing import Any
 
 from sdzero_jax import hosts
 from sdzero_jax.errors import UserError
+
+
+def check_writable(path: str | os.PathLike, instead: str) -> None:
+    """UserError, which ends with `instead`, when no file or folder can be made at `path`. Leaves nothing behind."""
+    if not hosts.is_first():
+        return
+    path = Path(path).expanduser().absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    try:
+        if there != path or there.is_dir():
+            tempfile.TemporaryFile(dir=there).close()
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {instead}") from None
 
 
 def write_bytes_atomic(path: str | os.PathLike, data: bytes) -> None:

@@ -64,7 +64,9 @@ def initialize(config: HostsConfig) -> None:
         jax.distributed.initialize(**where)
     except Exception as error:  # jax asks the cluster, by packages with errors of their own
         asked = f"hosts.coordinator={config.coordinator}" if all(given) else found[0]
-        raise UserError(f"the processes of this run ({asked}) did not find each other: {error}") from None
+        alone = "hosts.coordinator=localhost:8476 hosts.count=1 hosts.index=0"
+        hint = "" if all(given) else f"; to run this process alone: {alone}"
+        raise UserError(f"the processes of this run ({asked}) did not find each other: {error}{hint}") from None
 
 
 def _gpus_of_the_only_process(environ: Mapping[str, str]) -> list[int]:

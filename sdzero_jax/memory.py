@@ -25,7 +25,7 @@ import numpy as np
 
 from sdzero_jax import objectives, sharding, topology
 from sdzero_jax.batches import ScoredSequence, distill_batch, sequence_batch
-from sdzero_jax.config import Config, DistillConfig, SrtConfig, load_config, override
+from sdzero_jax.config import Config, DistillConfig, SrtConfig, load_config, override, rows_per_step
 from sdzero_jax.errors import UserError
 from sdzero_jax.examples import Question, Rollout, Verdict
 from sdzero_jax.models import DecoderConfig, LanguageModel, cache_bytes
@@ -129,7 +129,7 @@ def phrase_tokens(config: Config) -> int:
 
 def rows_of(config: Config, stage: str) -> int:
     """Rows of a batch."""
-    return config.srt.batch_size if stage == "srt" else config.distill.batch_size * config.distill.samples
+    return rows_per_step(_own(config, stage))
 
 
 def batch_of(config: Config, stage: str) -> dict[str, dict[str, np.ndarray]]:
@@ -165,11 +165,15 @@ def estimate(config: Config, mesh, per_host: int = 0) -> Estimate:
 
     frozen = abstract_frozen(LanguageModel(config.model), mesh, config.srt.lora)
     merged = {"parameters with the adapters merged": _bytes(frozen)}
+    # One device of the compute dtype samples with the merged parameters themselves.
+    shared = config.model.param_dtype == config.model.compute_dtype and mesh.size == 1
+    beside = merged if config.distill.lora.rank and not shared else {}
     return Estimate(
         srt=_stage(config, mesh, "srt", srt, srt - 1, {}, {"held-out loss": merged | forward("srt", srt)}),
         distill=_stage(
             config, mesh, "distill", student, config.distill.layout.max_response,
-            {"teacher's forward pass": forward("distill", teacher)}, {"sampling": _sampling(config, mesh, per_host)},
+            {"teacher's forward pass": forward("distill", teacher)},
+            {"sampling": beside | _sampling(config, mesh, per_host)},
         ),
     )  # fmt: skip
 
@@ -346,6 +350,9 @@ def slots_that_fit(config: Config, mesh, limit: float, per_host: int = 0) -> int
     return max(per_part + int(free // per_slot), 0) * parts
 
 
+_ADAPTERS = ("model.param_dtype=bfloat16", "srt.lora.rank=32", "distill.lora.rank=32")  # on frozen parameters
+
+
 def suggest(config: Config, mesh_shape: Sequence[int], limit: float, per_host: int = 0) -> str:
     """The smallest change of settings with which the estimate is at most `limit` bytes, as one line.
 
@@ -355,15 +362,18 @@ def suggest(config: Config, mesh_shape: Sequence[int], limit: float, per_host: i
     devices = math.prod(mesh_shape)
     if changes := _enough(config, mesh_shape, limit, per_host):
         return f"set {' '.join(changes)}{_cost(changes)}"
+    adapters, said = override(config, _ADAPTERS), ""
+    if not config.distill.lora.rank and (changes := _enough(adapters, mesh_shape, limit, per_host)) is not None:
+        said = f" adapters would do: set {' '.join([*_ADAPTERS, *changes])}{_cost(changes)};"
     for count in (devices * 2**doubling for doubling in range(1, 11)):
         whole = override(config, ["distill.microbatches=1", "srt.microbatches=1"])
         bigger = fit_to(dataclasses.replace(whole, mesh=sharding.mesh_preset(count)), count)
         changes = _enough(bigger, sharding.mesh_shape(bigger.mesh, count), limit, per_host)
         if changes is not None:
-            return f"no setting is enough on {devices}; {count} such devices would do" + (
+            return f"no setting is enough on {devices};{said} {count} such devices would do" + (
                 f", with {' '.join(changes)}{_cost(changes)}" if changes else ""
             )
-    return "no setting and no number of such devices is enough; lower distill.layout.max_response"
+    return f"no setting and no number of such devices is enough;{said} lower distill.layout.max_response"
 
 
 def _enough(config: Config, mesh_shape: Sequence[int], limit: float, per_host: int) -> list[str] | None:
@@ -461,10 +471,19 @@ def abstract_mesh(config: sharding.MeshConfig, num_devices: int) -> jax.sharding
 
 
 def fit_to(config: Config, num_devices: int) -> Config:
-    """The config on this many devices: its mesh refitted, its batches rounded up to a row per part."""
+    """The config on this many devices: its mesh refitted, its batches rounded up to a row per part.
+
+    Microbatches become as many as still fill the devices.
+    """
     mesh = sharding.refit(config.mesh, num_devices)
     parts = mesh.data * mesh.fsdp
-    up = lambda stage: dataclasses.replace(stage, batch_size=-(-stage.batch_size // parts) * parts)  # noqa: E731
+
+    def up(stage):
+        stage = dataclasses.replace(stage, batch_size=-(-stage.batch_size // parts) * parts)
+        rows = rows_per_step(stage) // parts
+        most = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= stage.microbatches)
+        return dataclasses.replace(stage, microbatches=most)
+
     return dataclasses.replace(config, mesh=mesh, srt=up(config.srt), distill=up(config.distill))
 
 

@@ -75,7 +75,7 @@ def cross_entropy(config: CrossEntropy, model: LanguageModel, params, teacher, b
         _flat(hidden),
         model.unembedding(params),
         batch["target_ids"].reshape(-1),
-        masked.token_weights(mask, config.length_mode, batch.get("denominator")).reshape(-1),
+        _token_weights(config, mask, batch).reshape(-1),
     )
     logp = per_token.logp_student.reshape(mask.shape)
     scored = (mask > 0).astype(jnp.float32)
@@ -102,7 +102,7 @@ def self_distillation(config: SelfDistillation, model: LanguageModel, params, te
         ids=batch["target_ids"].reshape(-1),
         divergence=config.divergence,
         temperature=config.temperature,
-        token_weights=masked.token_weights(mask, config.length_mode, batch.get("denominator")).reshape(-1),
+        token_weights=_token_weights(config, mask, batch).reshape(-1),
         token_transform=_token_transform(config),
         token_inputs=(batch["logprobs"].reshape(-1),),
     )
@@ -132,7 +132,7 @@ def policy_gradient(config: PolicyGradient, model: LanguageModel, params, teache
     Returns: (loss, metrics).
     """
     mask, advantage = token_mask(config, batch), batch["advantage"][:, None]
-    weights = masked.token_weights(mask, config.length_mode, batch.get("denominator"))
+    weights = _token_weights(config, mask, batch)
     logp = _response_logprob(model, params, batch)  # [B, R]
     rollout = batch["logprobs"]
     loss = masked.masked_sum(
@@ -142,7 +142,7 @@ def policy_gradient(config: PolicyGradient, model: LanguageModel, params, teache
     ratio = jnp.exp(jnp.where(mask > 0, logp - rollout, 0.0))
     clipped = ((ratio < 1.0 - config.clip_low) & (advantage < 0)) | ((ratio > 1.0 + config.clip_high) & (advantage > 0))
     metrics = {
-        "policy_loss": (loss, jnp.float32(1.0)),
+        "policy_loss": (loss, _once(batch)),
         "clipped": (masked.masked_sum(clipped.astype(jnp.float32), mask), tokens),
         "rollout_nll": (masked.masked_sum(-rollout, mask), tokens),
     }
@@ -162,6 +162,11 @@ def _response_logprob(model: LanguageModel, params, batch) -> jax.Array:
     return logp.reshape(batch["mask"].shape)
 
 
+def _once(batch) -> jax.Array:
+    """The count of a figure that a whole batch has once: its micro-batches add up to 1."""
+    return jnp.float32(1.0) / batch.get("parts", 1.0)
+
+
 class Term(NamedTuple):
     """One term of a method's loss: weight * objective(config, model, params, teacher, batches[batch])."""
 
@@ -174,13 +179,14 @@ class Term(NamedTuple):
 def combined(terms: Sequence[Term], model: LanguageModel, params, teacher, batches):
     """The weighted sum of a method's terms over named batches: (loss, metrics).
 
-    `batches["denominators"]`, where it is there, holds those of `denominators` over all micro-batches.
+    `batches["denominators"]` and `batches["parts"]`, where they are there, hold those of `denominators` over all
+    micro-batches, and how many these are.
     Of two terms with the same objective the later one's metrics are shown.
     """
     total, metrics = jnp.float32(0.0), {}
     shared = batches.get("denominators", (None,) * len(terms))
     for term, denominator in zip(terms, shared, strict=True):
-        batch = batches[term.batch] | {"denominator": denominator}
+        batch = batches[term.batch] | {"denominator": denominator, "parts": batches.get("parts", 1.0)}
         loss, own = term.objective(term.config, model, params, teacher, batch)
         total, metrics = total + term.weight * loss, metrics | own
     return total, metrics
@@ -203,6 +209,11 @@ def token_mask(config, batch) -> jax.Array:
     return batch["mask"] * (1.0 - batch["ends"]) if getattr(config, "mask_end", False) else batch["mask"]
 
 
+def _token_weights(config, mask: jax.Array, batch) -> jax.Array:
+    """`masked.token_weights` of a batch [B, R]; its longest response is R tokens."""
+    return masked.token_weights(mask, config.length_mode, batch.get("denominator"), max_length=mask.shape[1])
+
+
 def distillation_metrics(config: SelfDistillation, per_token: ops.PerToken, batch) -> Metrics:
     """Monitors that cost no further product with the vocabulary.
 
@@ -221,7 +232,7 @@ def distillation_metrics(config: SelfDistillation, per_token: ops.PerToken, batc
         "k3": (masked.masked_sum(jnp.exp(log_ratio) - 1.0 - log_ratio, mask), tokens),
         "logprob_diff_mean": (jnp.sum(difference), tokens * comparable),
         "logprob_diff_max": (jnp.max(difference), comparable),
-        "trained_rows": (rows, jnp.float32(1.0)),
+        "trained_rows": (rows, _once(batch)),
     }
 
 

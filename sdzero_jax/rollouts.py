@@ -199,7 +199,8 @@ def _sample(domain: Domain, sampler: Sampler, params, jobs: Sequence[_Job], seed
             if session.busy and (done := session.step()):
                 grading.add(grader.submit(_grade, domain, [(asked[c.request_id], c) for c in done]))
             if not session.busy and grading:
-                concurrent.futures.wait(grading, return_when=concurrent.futures.FIRST_COMPLETED)
+                # Not for ever: signals are looked at between.
+                concurrent.futures.wait(grading, timeout=1.0, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in [future for future in grading if future.done()]:
                 grading.remove(future)
                 for key, rollout in future.result():

@@ -11,15 +11,16 @@ import itertools
 import json
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from sdzero_jax import hosts, settings, sharding, stores
 from sdzero_jax.checkpoint import load_params
-from sdzero_jax.config import BaseConfig, Config
+from sdzero_jax.config import BaseConfig, Config, DistillConfig, SrtConfig, rows_per_step
 from sdzero_jax.errors import UserError
-from sdzero_jax.files import read_json, write_json_atomic
+from sdzero_jax.files import check_writable, read_json, write_json_atomic
 from sdzero_jax.locks import exclusive
 from sdzero_jax.methods import find_method
 from sdzero_jax.models import RUNTIME_FIELDS, LanguageModel, load_pretrained
@@ -287,6 +288,7 @@ def open_run(config: Config, stage: str | None = None, fork: bool = False) -> Ru
     """
     run = Run(config)
     check_fit(run, stage)
+    check_cache(run)
     directory = run.directory
     recorded = hosts.from_first(lambda: read_json(path) if (path := directory / "config.json").exists() else None)
     if stage and run.before(stage):
@@ -304,6 +306,12 @@ def open_run(config: Config, stage: str | None = None, fork: bool = False) -> Ru
         if changed:
             return Run(_fork(config, directory))
     return run
+
+
+def check_cache(run: Run) -> None:
+    """Refuses a folder for base models that cannot be written."""
+    if not stores.is_url(run.config.base.cache_dir):
+        hosts.from_first(lambda: check_writable(run.config.base.cache_dir, "set another base.cache_dir="))
 
 
 def check_fit(run: Run, stage: str | None = None) -> None:
@@ -329,17 +337,20 @@ def check_fit(run: Run, stage: str | None = None) -> None:
     if hosts.count() > 1 and (ahead := [name for name in loops if getattr(config, name).prefetch]):
         raise UserError(f"{ahead[0]}.prefetch=true samples in a thread, which several hosts cannot do in step")
     parts = sharding.batch_devices(run.mesh)
-    sizes = {"srt.batch_size": config.srt.batch_size, "distill.batch_size": config.distill.batch_size}
-    if stage == "train":
-        sizes |= {"train.batch_size": config.train.batch_size, "train.replay.pairs": config.train.replay.pairs}
+    sizes = {"srt.batch_size": config.srt.batch_size}
+    for name in loops:
+        loop = getattr(config, name)
+        sizes[f"{name}.batch_size"] = loop.batch_size
+        if find_method(loop.method, loop.weights).uses("replay"):
+            sizes[f"{name}.replay.pairs"] = loop.replay.pairs
+    for name, split in _asked(config, stage).items():
+        section, _, field = name.partition(".")
+        try:
+            problems.questions(split, getattr(getattr(config, section), field))
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
     if config.problems.train:
         sizes["base.batch_size"] = config.base.batch_size
-        for name, split in _asked(config, stage).items():
-            section, _, field = name.partition(".")
-            try:
-                problems.questions(split, getattr(getattr(config, section), field))
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from None
     else:
         shapes = run.task.corpus_shapes().items()
         sizes |= {f"the corpus batch of {kind} attempts": shape.batch for kind, shape in shapes}
@@ -348,6 +359,21 @@ def check_fit(run: Run, stage: str | None = None) -> None:
             raise UserError(
                 f"{name} is {size}, which does not divide over {parts} devices (mesh data x fsdp); "
                 f"nearest: {max(parts, round(size / parts) * parts)}"
+            )
+    for name in ("srt", *loops):
+        _check_microbatches(name, getattr(config, name), sizes, parts)
+
+
+def _check_microbatches(section: str, config: SrtConfig | DistillConfig, sizes: Mapping[str, int], parts: int) -> None:
+    """Refuses parts of a batch with too few rows for the devices: each would get a copy of all of them."""
+    batches = {name: size for name, size in sizes.items() if name.startswith(f"{section}.")}
+    batches[f"{section}.batch_size"] = rows_per_step(config)
+    for name, rows in batches.items():
+        if rows // parts % config.microbatches:
+            fits = [n for n in range(1, rows // parts + 1) if rows // parts % n == 0 and n < config.microbatches]
+            raise UserError(
+                f"{section}.microbatches={config.microbatches} cuts the {rows} rows of {name} into parts that do not "
+                f"divide over {parts} devices (mesh data x fsdp); nearest: {fits[-1]}"
             )
 
 

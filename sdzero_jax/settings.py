@@ -7,6 +7,7 @@ values, and the text in `Annotated[type, "meaning"]` is the help.
 import dataclasses
 import hashlib
 import json
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -61,9 +62,17 @@ def parse(annotation: Any, text: str, path: str) -> Any:
             return adapter.validate_json(text)
         except pydantic.ValidationError:
             listed = first.errors()[0]["type"] in ("tuple_type", "list_type")
-            item = text if text[:1].isdigit() else json.dumps(text)
-            form = f"; a list is written as '{path}=[{item}]'" if listed and "[" not in text else ""
+            form = f"; a list is written as '{path}={_as_list(annotation, text)}'" if listed and "[" not in text else ""
             raise UserError(f"setting {path}={text}: {_reason(first)}{form}") from None
+
+
+def _as_list(annotation: Any, text: str) -> str:
+    """The JSON list that `text`, items between commas or blanks, was probably meant to be."""
+    items = [item for item in re.split(r"[,\s]+", text) if item]
+    quoted = str in typing.get_args(annotation)
+    # As numbers are written in JSON, where .5 is none.
+    number = lambda item: re.sub(r"^([-+]?)\.", r"\g<1>0.", item).removeprefix("+")  # noqa: E731
+    return f"[{', '.join(json.dumps(item) if quoted else number(item) for item in items)}]"
 
 
 def check(config: Any, path: str = "") -> None:

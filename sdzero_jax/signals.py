@@ -13,6 +13,7 @@ _received: list[int] = []
 _KEY = "sdzero_jax/stop"
 _SECONDS = 1.0  # between two looks at the coordinator's table
 _looked = 0.0
+_told = False  # the others, of this host's signal
 
 
 def install() -> None:
@@ -37,9 +38,10 @@ def pending() -> int | None:
 
     Hosts hear of it at different times: what they do then must end where all of them meet.
     """
-    global _looked
+    global _looked, _told
     own = _received[0] if _received else None
-    if hosts.count() == 1 or time.monotonic() - _looked < _SECONDS:
+    tell = own is not None and not _told
+    if hosts.count() == 1 or not (tell or time.monotonic() - _looked >= _SECONDS):
         return own
     import jax
     from jax._src import distributed  # the only way to the coordinator's table; public jax has none
@@ -47,8 +49,9 @@ def pending() -> int | None:
     _looked = time.monotonic()
     table = distributed.global_state.client
     try:
-        if own:
+        if tell:  # at once: who heard a signal stops asking, and waits for the others
             table.key_value_set(_KEY, str(int(own)), allow_overwrite=True)
+            _told = True
         return int(table.key_value_try_get(_KEY))
     except jax.errors.JaxRuntimeError:  # nobody has written there
         return own

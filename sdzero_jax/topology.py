@@ -74,6 +74,9 @@ def parse(name: str) -> Topology:
     sides = [int(side) for side in shape.split("x")] if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) else []
     if len(sides) != want:
         raise UserError(f"topology {name!r} needs {want} sides, as in {GENERATIONS[generation].example}")
+    if any(side > 2 and side % 4 for side in sides):
+        near = "x".join(str(side if side <= 2 else max(1, round(side / 4)) * 4) for side in sides)
+        raise UserError(f"topology {name!r}: sides are 1, 2 or multiples of 4; nearest: {generation}:{near}")
     chips = 1
     for side in sides:
         chips *= side

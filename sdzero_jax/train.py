@@ -103,7 +103,8 @@ def fit(
                     save(step - 1, {})
                     break
                 except Stopped as stop:  # while it sampled: nothing of this step is done
-                    save(step - 1, {})
+                    if step - 1 > done:  # else it is what this process began with
+                        save(step - 1, {})
                     raise stopped(stop.signum, step - 1) from None
                 state, metrics = step_fn(state, batch)
                 figures = dict(figures) | finalise(jax.device_get(metrics))

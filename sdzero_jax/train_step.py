@@ -240,7 +240,7 @@ def accumulated(loss_fn: LossFn, shared: Callable[[Any], Mapping[str, Any]], par
     """
 
     def gradient(params, teacher, batches):
-        whole = shared(batches)
+        whole = dict(shared(batches)) | {"parts": jnp.float32(parts)}
         split = jax.tree.map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), batches)
 
         def one(part):

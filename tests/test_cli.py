@@ -33,6 +33,10 @@ def elsewhere(tmp_path, monkeypatch):
         ("compare configs/compare_paper.py seed=3", "a comparison has its own, such as 'seeds=[0,1,2]'"),
         ("compare configs/compare_paper.py run_dir=x", "directory="),
         ("compare configs/compare_paper.py only=grpo", "a list is written as 'only=[\"grpo\"]'"),
+        ("compare configs/compare_paper.py only=grpo,sdzero", 'a list is written as \'only=["grpo", "sdzero"]\''),
+        ("compare configs/compare_paper.py seeds=-1", "a list is written as 'seeds=[-1]'"),
+        ("compare configs/compare_paper.py seeds=0,1", "a list is written as 'seeds=[0, 1]'"),
+        ("distill configs/demo.py distill.weights=.5", "a list is written as 'distill.weights=[0.5]'"),
         ("configs/dem.py", "did you mean 'configs/demo.py'?"),
         ("srt configs/none.py", "no config file 'configs/none.py'"),
         ("srt README.md", "no config file 'README.md'"),
@@ -50,6 +54,16 @@ def elsewhere(tmp_path, monkeypatch):
         ("configs/demo.py evaluate.sampling.max_new_tokens=250", "max_new_tokens"),
         ("srt configs/demo.py base.cache_dir=cache", "stage collect has not finished"),
         ("report nowhere", "nowhere"),
+        ("base configs/demo.py base.cache_dir=configs/demo.py/x", "set another base.cache_dir="),
+        ("base configs/demo.py run_dir=configs/demo.py/x", "set another run_dir="),
+        ("compare configs/compare_paper.py base.cache_dir=configs/demo.py/x", "set another base.cache_dir="),
+        ("compare configs/compare_paper.py directory=configs/demo.py/x", "set another directory="),
+        ("verify configs/demo.py --output configs/demo.py/x", "name another output file"),
+        ("data prepare mbpp --from configs --to configs/demo.py/x", "give another folder with --to"),
+        ("convert configs configs/demo.py/x", "give another folder"),
+        ("convert configs configs/demo.py/x --to orbax", "give another folder"),
+        ("configs/countdown.py collect.questions=60000", "collect.questions: "),
+        ("doctor configs/demo.py --topology v6e:3x5", "nearest: v6e:4x4"),
         ("verify nowhere.jsonl", "nowhere.jsonl"),
         ("data prepare gsm9k", "did you mean 'gsm8k'?"),
         ("report", "the following arguments are required: RUN"),
@@ -83,6 +97,10 @@ def elsewhere(tmp_path, monkeypatch):
         ("train configs/demo.py train.start=nowhere", "'base', 'srt' or 'distill'"),
         ("train configs/demo.py train.lora.rank=-1", "wanted at least 1, or 0 for none"),
         ("train configs/demo.py train.microbatches=5", "train.microbatches=5 does not divide"),
+        (
+            "train configs/demo.py train.method=sft train.batch_size=16 train.microbatches=32",
+            "train.microbatches=32 does not divide train.batch_size = 16",
+        ),
         ("evaluate configs/demo.py evaluate.k=0", "evaluate.k is 0; wanted at least 1"),
         ("model.num_heads=0", "num_heads=0; wanted at least 1"),
         ("model.num_kv_heads=0", "num_kv_heads=0; wanted at least 1"),
@@ -160,6 +178,7 @@ def test_a_device_that_is_not_there_is_one_line_and_status_2(platform, tmp_path)
         pytest.skip(f"this machine has {platform}")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert len(lines) == 1 and f"JAX_PLATFORMS={platform}: jax finds no such device here" in lines[0]
+    assert "()" not in lines[0]
 
 
 def test_every_number_of_a_config_has_an_interval(monkeypatch):

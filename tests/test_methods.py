@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import pathlib
+import typing
 from types import SimpleNamespace
 
 import jax
@@ -27,7 +28,7 @@ from test_method import (
     student_and_teacher,
 )
 
-from sdzero_jax import ledger, objectives, sharding, statistics, training
+from sdzero_jax import ledger, masked, objectives, sharding, statistics, training
 from sdzero_jax.batches import distill_batch, reviser_context
 from sdzero_jax.config import load_config, override, validate
 from sdzero_jax.errors import UserError
@@ -219,7 +220,7 @@ def test_micro_batches_give_the_step_of_one_large_batch():
     (summed, merged), accumulated_gradient = jax.jit(parts)(params, teacher, batches)
     assert float(summed) == pytest.approx(float(whole), rel=1e-5)
     assert_trees_close(accumulated_gradient, gradient, 1e-5)
-    for name in ("divergence", "nll", "clipped"):
+    for name in ("divergence", "nll", "clipped", "policy_loss", "trained_rows"):
         np.testing.assert_allclose(np.asarray(merged[name]), np.asarray(metrics[name]), rtol=1e-5)
     halves = [jax.tree.map(lambda leaf, i=i: leaf[i::2], batches) for i in range(2)]
     naive = np.mean([float(jax.jit(loss_fn)(params, teacher, half)[0]) for half in halves])
@@ -235,6 +236,18 @@ def test_micro_batches_of_sequences_give_the_gradient_of_the_batch(mode):
     (summed, _), added = jax.jit(parts)(params, None, replay_batch())
     assert float(summed) == pytest.approx(float(whole), rel=1e-5)
     assert_trees_close(added, gradient, 1e-5)
+
+
+@pytest.mark.parametrize("mode", typing.get_args(masked.LengthMode))
+def test_every_length_mode_reaches_the_loss(mode):
+    """The weights of `masked.token_weights`, the length of a response of the batch's width."""
+    params, batch = student_and_teacher()[0], replay_batch()
+    loss, _ = objectives.cross_entropy(objectives.CrossEntropy(mode), MODEL, params, None, batch)
+    hidden = objectives.response_hidden(MODEL, params, batch, "", "index")
+    logp = jax.nn.log_softmax(MODEL.unembed(params, hidden))
+    nll = -jnp.take_along_axis(logp, batch["target_ids"][..., None], axis=-1)[..., 0]
+    weights = masked.token_weights(batch["weights"], mode, max_length=batch["weights"].shape[1])
+    assert float(loss) == pytest.approx(float(jnp.sum(nll * weights)), rel=1e-5)
 
 
 @pytest.mark.slow

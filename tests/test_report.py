@@ -372,9 +372,9 @@ def test_two_runs_are_compared_question_by_question(tmp_path):
     lines = write_reports([one, two])
     assert [line for line in lines if line.endswith(".html")] == lines[:2]
     row = next(line for line in lines if line.startswith("train"))
-    # 0.5, 1, 0 against 1, 0.5, 1 on the three questions with verdicts on both sides, and 1 on the fourth.
-    name, first, second, gap, low, high = row.replace("[", "").replace("]", "").replace(",", "").split()
-    assert (name, first, second, gap) == ("train", "0.500", "0.875", "+0.333")
+    # 0.5, 1, 0 against 1, 0.5, 1 on the three questions with verdicts on both sides; the fourth counts on neither.
+    name, first, second, gap, low, high, count = row.replace("[", "").replace("]", "").replace(",", "").split()
+    assert (name, first, second, gap, count) == ("train", "0.500", "0.833", "+0.333", "3")
     assert -0.5 <= float(low) < 0.333 < float(high) <= 1.0
     other = make_train_run(tmp_path / "other", [[1.0, 1.0]] * 4, prompt="2+2=")
     assert "other questions" in write_reports([one, other])[-1]

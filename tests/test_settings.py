@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from sdzero_jax import settings
+from sdzero_jax import runs, settings
 from sdzero_jax.config import Config, load_config, validate
 from sdzero_jax.errors import UserError
 
@@ -112,3 +112,25 @@ def test_hashes_follow_values_only(demo):
     same = load_config("configs/demo.py")
     assert settings.digest(demo) == settings.digest(same)
     assert settings.digest(demo) != settings.digest(settings.override(demo, ["seed=1"]))
+
+
+@pytest.mark.parametrize(
+    "section, changes, parts, nearest",
+    [
+        ("srt", ["srt.batch_size=16", "srt.microbatches=2"], 16, 1),  # a row a device already
+        ("srt", ["srt.batch_size=24", "srt.microbatches=8"], 2, 6),
+        ("distill", ["distill.batch_size=8", "distill.samples=2", "distill.microbatches=16"], 8, 2),
+        ("train", ["train.method=sft", "train.batch_size=8", "train.samples=2", "train.microbatches=4"], 4, 2),
+        ("distill", ["distill.batch_size=16", "distill.microbatches=4", "distill.replay.pairs=8"], 4, 2),
+    ],
+)
+def test_parts_of_a_batch_that_leave_devices_without_a_row_are_refused(section, changes, parts, nearest):
+    config = settings.override(load_config("configs/demo.py"), changes)
+    own = getattr(config, section)
+    sizes = {f"{section}.batch_size": own.batch_size}
+    if "distill.replay.pairs=8" in changes:
+        sizes["distill.replay.pairs"] = 8
+    with pytest.raises(UserError, match=f"do not divide over {parts} devices .*; nearest: {nearest}$"):
+        runs._check_microbatches(section, own, sizes, parts)
+    fitting = dataclasses.replace(own, microbatches=nearest)
+    runs._check_microbatches(section, fitting, sizes, parts)

@@ -60,6 +60,7 @@ def test_a_signal_while_a_batch_is_sampled_saves_the_step_before(tmp_path, cut):
     with pytest.raises(Stopped, match=f"toy saved at step {cut - 1} of 5"):
         run(tmp_path, Numbers(cut))
     assert len(read_metrics(tmp_path / FILE_NAME)) == cut - 1
+    assert (tmp_path / "checkpoints" / str(cut - 1)).exists() == (cut > 1), "an untrained state is not worth a save"
     again = Numbers()
     assert run(tmp_path, again) == 15.0 and again.drawn == 5
     assert [row["loss"] for row in read_metrics(tmp_path / FILE_NAME)] == [1, 3, 6, 10, 15]

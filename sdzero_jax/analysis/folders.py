@@ -29,11 +29,16 @@ def paired_lines(first: Path, second: Path) -> list[str]:
         if not ours or theirs.keys() != ours.keys():
             lines.append(f"{row.name:<14}not compared: the runs evaluated other questions")
             continue
-        sides = [np.array([means[question] for question in ours]) for means in (theirs, ours)]
+        sides = np.array([[means[question] for question in ours] for means in (theirs, ours)])
+        sides = sides[:, ~np.isnan(sides).any(axis=0)]  # graded in both
+        if not sides.size:
+            lines.append(f"{row.name:<14}not compared: no question has a verdict in both")
+            continue
         gap = statistics.paired_difference(sides[1], sides[0])
-        means = "".join(f"{np.nanmean(side):>9.3f}" for side in sides)
-        lines.append(f"{row.name:<14}{means}{gap.mean:>+11.3f} [{gap.low:+.3f}, {gap.high:+.3f}]")
-    head = f"{'avg@' + str(other.k):<14}{'first':>9}{'second':>9}{'difference':>11} 95% interval over questions"
+        means = "".join(f"{side.mean():>9.3f}" for side in sides)
+        lines.append(f"{row.name:<14}{means}{gap.mean:>+11.3f} [{gap.low:+.3f}, {gap.high:+.3f}] {sides.shape[1]:>10}")
+    both = f"avg@{one.k}" if one.k == other.k else f"avg@{one.k}, avg@{other.k}"
+    head = f"{both:<14}{'first':>9}{'second':>9}{'difference':>11} 95% interval   questions"
     return ["", f"first: {first}", f"second: {second}", head, *lines] if lines else []
 
 

@@ -18,7 +18,7 @@ from sdzero_jax.data.questions import BadRow, read_rows
 from sdzero_jax.data.sets import SETS, NamedSet, Source, convert, named_set
 from sdzero_jax.errors import UserError, nearest
 from sdzero_jax.examples import Question
-from sdzero_jax.files import read_json, write_json_atomic
+from sdzero_jax.files import check_writable, read_json, write_json_atomic
 
 DATA_DIR = "data"
 RECORD = "prepared.json"
@@ -52,6 +52,7 @@ def prepare_set(
     is_there = old.get("format") == FORMAT and not force
     if is_there and source_dir is None and revision is None:
         return {**old, "directory": str(target)}
+    check_writable(target, "give another folder with --to")
     if source_dir is not None:
         files, origin = local_files(named, Path(source_dir)), {"folder": str(source_dir)}
     else:

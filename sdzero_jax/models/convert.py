@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sdzero_jax.errors import UserError, nearest
+from sdzero_jax.files import check_writable
 from sdzero_jax.models import hub
 from sdzero_jax.models.decoder import LanguageModel
 from sdzero_jax.models.families import FAMILIES, family, from_config, to_hf_config
@@ -464,6 +465,7 @@ def check_replaceable(folder: Path) -> None:
     if others or (present and _EXPORT_FILE not in present):
         names = _some(others or present, 3)
         raise UserError(f"{folder} holds files that were not exported here ({names}); give a new folder")
+    check_writable(folder, "give another folder")
 
 
 def _replace(folder: Path, temporary: Path) -> None:

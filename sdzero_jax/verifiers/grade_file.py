@@ -14,7 +14,7 @@ from typing import Any
 
 from sdzero_jax.errors import UserError, nearest
 from sdzero_jax.examples import REWARDS, Verdict
-from sdzero_jax.files import parse_jsonl, write_bytes_atomic
+from sdzero_jax.files import check_writable, parse_jsonl, write_bytes_atomic
 from sdzero_jax.verifiers.code import Limits, judge_many
 from sdzero_jax.verifiers.math import MathSettings
 from sdzero_jax.verifiers.pool import PoolSettings, VerifierPool
@@ -82,6 +82,8 @@ def grade_file(
         raise UserError(f"{path}: no such file")
     if output is not None and Path(output).exists():
         raise UserError(f"{output} exists; remove it or name another output file")
+    if output is not None:
+        check_writable(output, "name another output file")
     records, numbers = _records(path)
     response_field = _field(records[0], response_field, RESPONSE_FIELDS, path, "response")
     if any(TESTS_FIELD not in record for record in records):
