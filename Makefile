@@ -8,8 +8,8 @@ VENV    ?= .venv
 PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
 ARGS    ?=
-# One worker per core, a file stays on its worker: files share expensive fixtures.
-PARALLEL ?= -n auto --dist loadfile
+# One worker per core, a file stays on its worker: files share expensive fixtures. tests/conftest.py orders them.
+PARALLEL ?= -n auto --dist loadfile --no-loadscope-reorder
 
 ifeq ($(filter cpu cuda tpu,$(BACKEND)),)
 $(error BACKEND=$(BACKEND); wanted cpu, cuda or tpu)

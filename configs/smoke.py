@@ -18,7 +18,9 @@ def get_config() -> Config:
         config,
         name="smoke",
         run_dir="runs/smoke",
-        base=replace(config.base, steps=150, checkpoint=replace(config.base.checkpoint, every=50)),
+        task=replace(config.task, chain=replace(config.task.chain, batch_sizes=(32, 16, 8))),
+        sampler=replace(config.sampler, slots=64),
+        base=replace(config.base, steps=120, checkpoint=replace(config.base.checkpoint, every=40)),
         collect=replace(config.collect, questions=128, chunk=64),
         srt=replace(config.srt, epochs=8, batch_size=16),
         distill=replace(

@@ -18,6 +18,15 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+# What takes longest comes first, else a worker that begins it late is alone with it at the end.
+LONGEST = ("compare", "resume", "memory", "hosts", "stores", "attention_kernels", "problems", "code_judge", "cli")
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 def _oracles_required() -> bool:
     """With SDZERO_REQUIRE_ORACLES=1 a skipped oracle is a failure: CI must not lose one quietly."""
     return os.environ.get("SDZERO_REQUIRE_ORACLES") == "1"

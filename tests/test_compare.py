@@ -280,9 +280,10 @@ def test_figures_of_another_test_set_are_not_taken_for_these(base, tmp_path, mon
 # ------------------------------------------------------------------------------------------ whole runs
 
 SMALL = (
-    "base.steps=60", "base.checkpoint.every=30", "collect.questions=32", "collect.chunk=16", "srt.epochs=2",
-    "srt.batch_size=8", "train.questions=32", "distill.questions=32", "evaluate.questions=8", "evaluate.k=2",
-    "evaluate.chunk=8", "health.questions=8", "srt.data.only_right=false",
+    "base.steps=120", "base.checkpoint.every=60", "task.chain.batch_sizes=[32,16,8]", "sampler.slots=64",
+    "collect.questions=32", "collect.chunk=16", "srt.epochs=2", "srt.batch_size=8", "train.questions=32",
+    "distill.questions=32", "evaluate.questions=8", "evaluate.k=2", "evaluate.chunk=8", "health.questions=8",
+    "srt.data.only_right=false",
 )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from sdzero_jax.runs import Run
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
-    "base.steps=40", "base.checkpoint.every=20", "collect.questions=64", "collect.chunk=32", "evaluate.questions=16",
+    "base.steps=80", "base.checkpoint.every=40", "collect.questions=64", "collect.chunk=32", "evaluate.questions=16",
     "evaluate.chunk=8", "localisation.questions=16", "srt.checkpoint.every=2",
     "distill.teacher.schedule=sync_every", "distill.teacher.sync_steps=2", "distill.validate_every=2",
 )  # fmt: skip
