@@ -29,6 +29,8 @@ def check_writable(path: str | os.PathLike, instead: str) -> None:
         elif not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
+        if error.errno == errno.ENOSPC:  # right place, wrong time
+            raise
         raise UserError(f"{path}: cannot be written ({error.strerror}); {instead}") from None
 
 
