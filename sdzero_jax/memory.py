@@ -36,9 +36,8 @@ from sdzero_jax.train_step import (
     TrainStep,
     abstract_frozen,
     abstract_state,
-    accumulated,
+    in_parts,
     make_train_step,
-    value_and_gradient,
 )
 
 STAGES = ("srt", "distill")
@@ -102,13 +101,11 @@ def train_step(config: Config, mesh, stage: str) -> TrainStep:
     model, own = LanguageModel(config.model), _own(config, stage)
     objective = {"srt": objectives.cross_entropy, "distill": objectives.self_distillation}[stage]
     terms = (objectives.Term(1.0, stage, objective, own.objective),)
-    whole_batch = functools.partial(objectives.denominators, terms)
-    in_parts = lambda loss_fn: accumulated(loss_fn, whole_batch, own.microbatches)  # noqa: E731
     optimizer, schedule = make_optimizer(own.optimizer, 100), learning_rate_schedule(own.optimizer, 100)
     return make_train_step(
         functools.partial(objectives.combined, terms, model), model, optimizer, mesh,
         teacher_config=_teacher(config, stage), schedule=schedule,
-        differentiate=in_parts if own.microbatches > 1 else value_and_gradient,
+        differentiate=in_parts(own.microbatches, terms),
         adapters=own.lora, frozen=abstract_frozen(model, mesh, own.lora),
     )  # fmt: skip
 

@@ -194,12 +194,9 @@ def combined(terms: Sequence[Term], model: LanguageModel, params, teacher, batch
 
 def denominators(terms: Sequence[Term], batches) -> dict[str, tuple[jax.Array, ...]]:
     """What each term's token weights are divided by, over the whole batch: {"denominators": ...}."""
-    return {"denominators": tuple(denominator(term.config, batches[term.batch])["denominator"] for term in terms)}
-
-
-def denominator(config, batch) -> dict[str, jax.Array]:
-    """The same of a single objective: {"denominator": ...}."""
-    return {"denominator": masked.length_denominator(token_mask(config, batch), config.length_mode)}
+    masks = (token_mask(term.config, batches[term.batch]) for term in terms)
+    modes = (term.config.length_mode for term in terms)
+    return {"denominators": tuple(map(masked.length_denominator, masks, modes))}
 
 
 def token_mask(config, batch) -> jax.Array:

@@ -38,7 +38,7 @@ class SequenceSource:
 
     def next(self, params: Any):
         batch = sequence_batch(next(self._batches), self._length)
-        return batch, {"student_tokens": float(np.sum(batch["segment_ids"] > 0))}
+        return {"sequences": batch}, {"student_tokens": float(np.sum(batch["segment_ids"] > 0))}
 
     def get_state(self) -> dict[str, Any]:
         return {"sequences": self._batches.get_state()}
@@ -56,7 +56,7 @@ class CorpusSource:
     def next(self, params: Any):
         batch = self._corpus_batch(self._step)
         self._step += 1
-        return batch, {}
+        return {"sequences": batch}, {}
 
     def get_state(self) -> dict[str, Any]:
         return {"step": self._step}

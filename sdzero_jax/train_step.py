@@ -6,7 +6,7 @@ Leaves out where batches come from, synchronising a teacher between steps and ch
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sdzero_jax import sharding
+from sdzero_jax import objectives, sharding
 from sdzero_jax.models import LanguageModel, lora
 from sdzero_jax.objectives import Metrics
 from sdzero_jax.teacher import TeacherConfig, after_update, initial_teacher, teacher_for_loss
@@ -180,7 +180,7 @@ def make_train_step(
 ) -> TrainStep:
     """Returns step(state, batch) -> (state, metrics): compiled for the mesh, its state donated.
 
-    `differentiate` may be `accumulated` with its other arguments. With `adapters` they alone are trained, on
+    `differentiate` is what `in_parts` makes. With `adapters` they alone are trained, on
     top of the `frozen` parameters, which teacher and student share. Metrics are (sum, count) pairs; "nonfinite"
     counts steps whose loss or gradient was NaN or infinite. Such a step changes nothing, so that a checkpoint
     never holds its result.
@@ -231,16 +231,21 @@ def make_train_step(
     return TrainStep(jitted, state, mesh, merge, frozen)
 
 
-def accumulated(loss_fn: LossFn, shared: Callable[[Any], Mapping[str, Any]], parts: int) -> GradientFn:
-    """The gradient of `loss_fn` over a batch, or a batch of named batches, computed in `parts` of its rows.
+def in_parts(parts: int, terms: Sequence[objectives.Term]) -> Callable[[LossFn], GradientFn]:
+    """`make_train_step`'s `differentiate` for the loss of these terms: of a whole batch, or in `parts` of its rows."""
+    return value_and_gradient if parts == 1 else functools.partial(_accumulated, terms=terms, parts=parts)
 
-    Rows are dealt out so that a device's stay on it. `shared` takes the denominators over the whole batch; every
-    part gets them as well, so the result is that of one large batch. Gradients are added in float32. Metrics add
+
+def _accumulated(loss_fn: LossFn, terms: Sequence[objectives.Term], parts: int) -> GradientFn:
+    """The gradient of `loss_fn` over named batches, computed in `parts` of their rows.
+
+    Rows are dealt out so that a device's stay on it. Every part gets the denominators of the whole batch and the
+    number of parts as well, so the result is that of one large batch. Gradients are added in float32. Metrics add
     up too, so logprob_diff_max becomes the mean of the parts' maxima. Every batch's rows must divide by `parts`.
     """
 
     def gradient(params, teacher, batches):
-        whole = dict(shared(batches)) | {"parts": jnp.float32(parts)}
+        whole = objectives.denominators(terms, batches) | {"parts": jnp.float32(parts)}
         split = jax.tree.map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), batches)
 
         def one(part):

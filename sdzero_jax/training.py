@@ -8,12 +8,12 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from sdzero_jax import hosts, ledger, objectives, sharding
+from sdzero_jax import hosts, ledger, masked, objectives, sharding
 from sdzero_jax.batches import NOTHING, ScoredSequence, response_sequence, sequence_batch
 from sdzero_jax.checkpoint import Checkpointer, save_params
 from sdzero_jax.chunks import ChunkLog
@@ -37,15 +37,12 @@ from sdzero_jax.teacher import sync_due
 from sdzero_jax.train import Hooks, fit
 from sdzero_jax.train_step import (
     NO_LORA,
-    GradientFn,
-    LossFn,
     TrainStep,
-    accumulated,
+    in_parts,
     init_state,
     make_train_step,
     synchronise,
     trained_shardings,
-    value_and_gradient,
 )
 
 # ---------------------------------------------------------------------------------- fixed sequences
@@ -59,14 +56,13 @@ def train_cross_entropy(
 
     `config` owns objective, optimizer and checkpoint.
     """
-    loss_fn = functools.partial(objectives.cross_entropy, config.objective, run.model)
-    shared = functools.partial(objectives.denominator, config.objective)
+    terms = (objectives.Term(1.0, "sequences", objectives.cross_entropy, config.objective),)
     optimizer, schedule = _optimizer(config.optimizer, steps)
     checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint)
     trained, frozen = _trained(run, params, adapters)
     step_fn = make_train_step(
-        loss_fn, run.model, optimizer, run.mesh, schedule=schedule,
-        differentiate=_in_parts(microbatches, shared), adapters=adapters, frozen=frozen,
+        functools.partial(objectives.combined, terms, run.model), run.model, optimizer, run.mesh, schedule=schedule,
+        differentiate=in_parts(microbatches, terms), adapters=adapters, frozen=frozen,
     )  # fmt: skip
     start = functools.partial(init_state, run.model, trained, optimizer, run.mesh, adapters=adapters)
     try:
@@ -77,11 +73,6 @@ def train_cross_entropy(
     finally:
         checkpointer.close()
     return step_fn.parameters(state.params)
-
-
-def _in_parts(microbatches: int, shared) -> Callable[[LossFn], GradientFn]:
-    """The gradient of a batch at once or, the same, in parts that share their denominators."""
-    return functools.partial(accumulated, shared=shared, parts=microbatches) if microbatches > 1 else value_and_gradient
 
 
 def _trained(run: Run, params, adapters: LoraConfig) -> tuple[Any, Any]:
@@ -109,8 +100,9 @@ def held_out_hooks(run: Run, sequences, config) -> Hooks:
         sequence_batch([*part, *[NOTHING] * (rows - len(part))], config.data.max_length)
         for part in (sequences[start : start + rows] for start in range(0, len(sequences), rows))
     ]
-    parts = [objectives.denominator(config.objective, batch)["denominator"] for batch in batches]
-    whole = {"denominator": float(parts[0] if config.objective.length_mode == "sum" else sum(parts))}
+    mode = config.objective.length_mode
+    parts = [masked.length_denominator(batch["weights"], mode) for batch in batches]
+    whole = {"denominator": float(parts[0] if mode == "sum" else sum(parts))}
 
     @jax.jit
     def loss(params, batch):
@@ -207,15 +199,14 @@ def on_policy_round(run: Run, stage: str, folder, config: DistillConfig, method:
     steps = planned_steps(config)
     source = on_policy_source(run, stage, config, method, number)
     terms = loss_terms(method, config.objective, config.policy, config.cross_entropy)
-    loss_fn = functools.partial(objectives.combined, terms, run.model)
-    shared = functools.partial(objectives.denominators, terms)
     optimizer, schedule = _optimizer(optimizer_config, steps)
     taught = method.uses("self_distillation") or (method.uses("policy_gradient") and config.policy.kl_weight > 0)
     teacher = config.teacher if taught else None
     trained, frozen = _trained(run, start, config.lora)
     step_fn = make_train_step(
-        loss_fn, run.model, optimizer, run.mesh, teacher_config=teacher, schedule=schedule,
-        differentiate=_in_parts(config.microbatches, shared), adapters=config.lora, frozen=frozen,
+        functools.partial(objectives.combined, terms, run.model), run.model, optimizer, run.mesh,
+        teacher_config=teacher, schedule=schedule, differentiate=in_parts(config.microbatches, terms),
+        adapters=config.lora, frozen=frozen,
     )  # fmt: skip
     start = functools.partial(
         init_state, run.model, trained, optimizer, run.mesh,

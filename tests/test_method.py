@@ -344,11 +344,12 @@ def test_srt_lowers_the_loss_on_held_out_traces():
     assert not {s.tokens for s in training} & {s.tokens for s in held_out}
     model = LanguageModel(dataclasses.replace(CONFIG, vocab_size=task.tokenizer.vocab_size, initializer_range=0.02))
     optimizer = make_optimizer(OptimizerConfig(learning_rate=5e-3, warmup_fraction=0.0), 20)
-    loss_fn = functools.partial(objectives.cross_entropy, objectives.CrossEntropy(), model)
+    terms = (objectives.Term(1.0, "sequences", objectives.cross_entropy, objectives.CrossEntropy()),)
+    loss_fn = functools.partial(objectives.combined, terms, model)
     mesh = one_device_mesh()
     state = init_state(model, jax.jit(model.init)(jax.random.key(0)), optimizer, mesh)
     step = make_train_step(loss_fn, model, optimizer, mesh)
-    evaluate = jax.jit(lambda params: loss_fn(params, None, sequence_batch(held_out, 80))[0])
+    evaluate = jax.jit(lambda params: loss_fn(params, None, {"sequences": sequence_batch(held_out, 80)})[0])
     before = float(evaluate(state.params))
     source = SequenceSource(training, 16, 80, seed=0)
     for _ in range(20):

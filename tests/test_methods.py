@@ -48,7 +48,7 @@ from sdzero_jax.sources import (
     demonstration_context,
 )
 from sdzero_jax.teacher import TeacherConfig, sync_due
-from sdzero_jax.train_step import accumulated, init_state, make_train_step, value_and_gradient
+from sdzero_jax.train_step import in_parts, init_state, make_train_step
 
 ADVANTAGE = np.array([1.5, -0.5, -1.0, 0.0], np.float32)
 LOGP_ROLLOUT = -1.0  # of every token, as `rollout` makes them
@@ -216,7 +216,7 @@ def test_micro_batches_give_the_step_of_one_large_batch():
     batches = {"rollouts": batch_of(), "replay": replay_batch()}
     loss_fn = functools.partial(objectives.combined, TERMS, MODEL)
     (whole, metrics), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, teacher, batches)
-    parts = accumulated(loss_fn, functools.partial(objectives.denominators, TERMS), 2)
+    parts = in_parts(2, TERMS)(loss_fn)
     (summed, merged), accumulated_gradient = jax.jit(parts)(params, teacher, batches)
     assert float(summed) == pytest.approx(float(whole), rel=1e-5)
     assert_trees_close(accumulated_gradient, gradient, 1e-5)
@@ -229,11 +229,11 @@ def test_micro_batches_give_the_step_of_one_large_batch():
 
 @pytest.mark.parametrize("mode", ["token_mean", "seq_mean_token_sum"])
 def test_micro_batches_of_sequences_give_the_gradient_of_the_batch(mode):
-    params, config = student_and_teacher()[0], objectives.CrossEntropy(length_mode=mode)
-    loss_fn = functools.partial(objectives.cross_entropy, config, MODEL)
-    (whole, _), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, None, replay_batch())
-    parts = accumulated(loss_fn, functools.partial(objectives.denominator, config), 2)
-    (summed, _), added = jax.jit(parts)(params, None, replay_batch())
+    params, batches = student_and_teacher()[0], {"sequences": replay_batch()}
+    terms = (Term(1.0, "sequences", objectives.cross_entropy, CrossEntropy(length_mode=mode)),)
+    loss_fn = functools.partial(objectives.combined, terms, MODEL)
+    (whole, _), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, None, batches)
+    (summed, _), added = jax.jit(in_parts(2, terms)(loss_fn))(params, None, batches)
     assert float(summed) == pytest.approx(float(whole), rel=1e-5)
     assert_trees_close(added, gradient, 1e-5)
 
@@ -256,8 +256,7 @@ def test_a_step_with_micro_batches_moves_the_parameters_alike():
     batches = {"rollouts": batch_of(), "replay": replay_batch()}
     loss_fn = functools.partial(objectives.combined, TERMS, MODEL)
     mesh, moved = sharding.make_mesh(sharding.MeshConfig()), []
-    parts = functools.partial(accumulated, shared=functools.partial(objectives.denominators, TERMS), parts=4)
-    for differentiate in (value_and_gradient, parts):
+    for differentiate in (in_parts(1, TERMS), in_parts(4, TERMS)):
         optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, epsilon=1e-3), 10)
         schedule = TeacherConfig()
         step = make_train_step(loss_fn, MODEL, optimizer, mesh, teacher_config=schedule, differentiate=differentiate)

@@ -36,7 +36,9 @@ draw, drawn = SequenceSource.next, []
 def poisoned(self, params):
     batch, figures = draw(self, params)
     drawn.append(batch)
-    return batch | ({"weights": batch["weights"] * np.nan} if len(drawn) == 5 else {}), figures
+    if len(drawn) == 5:
+        batch["sequences"]["weights"] *= np.nan
+    return batch, figures
 SequenceSource.next = poisoned
 raise SystemExit(run.main(sys.argv[1:]))
 """
