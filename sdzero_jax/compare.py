@@ -24,7 +24,7 @@ from sdzero_jax.locks import exclusive
 from sdzero_jax.methods import NothingLeft
 from sdzero_jax.pipeline import evaluate_stage, run_stage
 from sdzero_jax.progress import say
-from sdzero_jax.runs import Run, check_cache, check_fit
+from sdzero_jax.runs import Run, check_fit
 
 TOLERANCE = 0.05  # a method within this share of the budget counts as having spent it
 
@@ -128,9 +128,7 @@ def check_comparison(comparison: Comparison) -> None:
         configs = [override(_config(comparison, entry, seed), budget) for seed in comparison.seeds]
         for config in configs:
             validate(config)
-        run = Run(configs[0], comparison.folder / "stages")
-        check_fit(run, entry.stage)
-        check_cache(run)
+        check_fit(Run(configs[0], comparison.folder / "stages"), entry.stage)
 
 
 def tuning(comparison: Comparison) -> Comparison:

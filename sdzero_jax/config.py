@@ -231,6 +231,15 @@ def rows_per_step(config: SrtConfig | DistillConfig) -> int:
     return config.batch_size * (config.samples if sampled else 1)
 
 
+def microbatches_that_fit(rows: int, devices: int, most: int) -> int:
+    """The largest number of parts of a batch, at most `most`, whose rows divide over the devices as the batch's do.
+
+    A part with fewer rows would be copied to every device, and take more memory than the whole batch.
+    """
+    own = rows // devices
+    return max(parts for parts in range(1, min(own, most) + 1) if own % parts == 0)
+
+
 def _validate_on_policy(path: str, config: DistillConfig) -> None:
     method = find_method(config.method, config.weights)
     if config.sampling.max_new_tokens > config.layout.max_response and method.on_policy:

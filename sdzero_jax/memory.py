@@ -25,7 +25,15 @@ import numpy as np
 
 from sdzero_jax import objectives, sharding, topology
 from sdzero_jax.batches import ScoredSequence, distill_batch, sequence_batch
-from sdzero_jax.config import Config, DistillConfig, SrtConfig, load_config, override, rows_per_step
+from sdzero_jax.config import (
+    Config,
+    DistillConfig,
+    SrtConfig,
+    load_config,
+    microbatches_that_fit,
+    override,
+    rows_per_step,
+)
 from sdzero_jax.errors import UserError
 from sdzero_jax.examples import Question, Rollout, Verdict
 from sdzero_jax.models import DecoderConfig, LanguageModel, cache_bytes
@@ -477,9 +485,8 @@ def fit_to(config: Config, num_devices: int) -> Config:
 
     def up(stage):
         stage = dataclasses.replace(stage, batch_size=-(-stage.batch_size // parts) * parts)
-        rows = rows_per_step(stage) // parts
-        most = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= stage.microbatches)
-        return dataclasses.replace(stage, microbatches=most)
+        fits = microbatches_that_fit(rows_per_step(stage), parts, stage.microbatches)
+        return dataclasses.replace(stage, microbatches=fits)
 
     return dataclasses.replace(config, mesh=mesh, srt=up(config.srt), distill=up(config.distill))
 

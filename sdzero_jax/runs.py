@@ -11,14 +11,13 @@ import itertools
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from sdzero_jax import hosts, settings, sharding, stores
 from sdzero_jax.checkpoint import load_params
-from sdzero_jax.config import BaseConfig, Config, DistillConfig, SrtConfig, rows_per_step
+from sdzero_jax.config import BaseConfig, Config, DistillConfig, SrtConfig, microbatches_that_fit, rows_per_step
 from sdzero_jax.errors import UserError
 from sdzero_jax.files import check_writable, read_json, write_json_atomic
 from sdzero_jax.locks import exclusive
@@ -288,7 +287,6 @@ def open_run(config: Config, stage: str | None = None, fork: bool = False) -> Ru
     """
     run = Run(config)
     check_fit(run, stage)
-    check_cache(run)
     directory = run.directory
     recorded = hosts.from_first(lambda: read_json(path) if (path := directory / "config.json").exists() else None)
     if stage and run.before(stage):
@@ -308,15 +306,14 @@ def open_run(config: Config, stage: str | None = None, fork: bool = False) -> Ru
     return run
 
 
-def check_cache(run: Run) -> None:
-    """Refuses a folder for base models that cannot be written."""
-    if not stores.is_url(run.config.base.cache_dir):
-        hosts.from_first(lambda: check_writable(run.config.base.cache_dir, "set another base.cache_dir="))
-
-
 def check_fit(run: Run, stage: str | None = None) -> None:
-    """Refuses settings that do not fit the task, the model's context or the devices; `train`'s when it is asked for."""
+    """Refuses settings that do not fit the task, the model's context or the devices; `train`'s when it is asked for.
+
+    And a folder for base models that cannot be written.
+    """
     config, model, problems = run.config, run.model, run.problems
+    if not stores.is_url(config.base.cache_dir):
+        hosts.from_first(lambda: check_writable(config.base.cache_dir, "set another base.cache_dir="))
     for name in ("collect", "distill", "train", "evaluate"):
         check_sampling(getattr(config, name).sampling, f"{name}.sampling")
     for name, longest in run.contexts.items():
@@ -341,7 +338,7 @@ def check_fit(run: Run, stage: str | None = None) -> None:
     for name in loops:
         loop = getattr(config, name)
         sizes[f"{name}.batch_size"] = loop.batch_size
-        if find_method(loop.method, loop.weights).uses("replay"):
+        if _replays(loop):
             sizes[f"{name}.replay.pairs"] = loop.replay.pairs
     for name, split in _asked(config, stage).items():
         section, _, field = name.partition(".")
@@ -361,20 +358,25 @@ def check_fit(run: Run, stage: str | None = None) -> None:
                 f"nearest: {max(parts, round(size / parts) * parts)}"
             )
     for name in ("srt", *loops):
-        _check_microbatches(name, getattr(config, name), sizes, parts)
+        _check_microbatches(name, getattr(config, name), parts)
 
 
-def _check_microbatches(section: str, config: SrtConfig | DistillConfig, sizes: Mapping[str, int], parts: int) -> None:
-    """Refuses parts of a batch with too few rows for the devices: each would get a copy of all of them."""
-    batches = {name: size for name, size in sizes.items() if name.startswith(f"{section}.")}
-    batches[f"{section}.batch_size"] = rows_per_step(config)
+def _check_microbatches(section: str, config: SrtConfig | DistillConfig, devices: int) -> None:
+    """Refuses parts of a batch that leave devices without rows."""
+    batches = {f"{section}.batch_size": rows_per_step(config)}
+    if _replays(config):
+        batches[f"{section}.replay.pairs"] = config.replay.pairs
     for name, rows in batches.items():
-        if rows // parts % config.microbatches:
-            fits = [n for n in range(1, rows // parts + 1) if rows // parts % n == 0 and n < config.microbatches]
+        fits = microbatches_that_fit(rows, devices, config.microbatches)
+        if fits < config.microbatches:
             raise UserError(
                 f"{section}.microbatches={config.microbatches} cuts the {rows} rows of {name} into parts that do not "
-                f"divide over {parts} devices (mesh data x fsdp); nearest: {fits[-1]}"
+                f"divide over {devices} devices (mesh data x fsdp); nearest: {fits}"
             )
+
+
+def _replays(config: SrtConfig | DistillConfig) -> bool:
+    return isinstance(config, DistillConfig) and find_method(config.method, config.weights).uses("replay")
 
 
 def _asked(config: Config, stage: str | None) -> dict[str, str]:

@@ -6,7 +6,6 @@ The processes talk through gloo, as they would through a network.
 import json
 import os
 import pathlib
-import re
 import shutil
 import signal
 import socket
@@ -188,12 +187,11 @@ def until(text, directory, process, after=0):
 def test_a_signal_or_a_kill_to_one_process_stops_both_and_the_run_goes_on(two, tmp_path):
     shutil.copytree(two / "cache", tmp_path / "cache")  # base and compiled programs: neither is what this is about
     first, second = start(tmp_path, 2)
-    until("srt joint", tmp_path, first)
+    until("== srt", tmp_path, first)  # nothing looks at signals between this line and SRT's first step
     second.send_signal(signal.SIGTERM)
     assert [first.wait(), second.wait()] == [143, 143], (tmp_path / "log0").read_text()[-3000:]
     last = [(tmp_path / f"log{index}").read_text().splitlines()[-1] for index in range(2)]
-    # SRT takes a second here: where it is over when the signal arrives, the sampling behind it is what stops.
-    assert last[0] == last[1] and re.search("saved at step|sampling was cut short", last[0]), last
+    assert last[0] == last[1] and "saved at step" in last[0], last
 
     written = len((tmp_path / "log0").read_text())
     first, second = start(tmp_path, 2)

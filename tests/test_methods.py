@@ -4,9 +4,7 @@ import dataclasses
 import functools
 import json
 import math
-import pathlib
 import typing
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +26,11 @@ from test_method import (
     student_and_teacher,
 )
 
-from sdzero_jax import ledger, masked, objectives, sharding, statistics, training
+from sdzero_jax import ledger, masked, objectives, sharding, statistics
 from sdzero_jax.batches import distill_batch, reviser_context
-from sdzero_jax.config import load_config, override, validate
 from sdzero_jax.errors import UserError
 from sdzero_jax.examples import Question, RevisionTrace, Verdict
-from sdzero_jax.health import HealthConfig
 from sdzero_jax.methods import METHODS, SRT_STAGES, SrtData, find_method, loss_terms, right_sequences, srt_sequences
-from sdzero_jax.metrics import MetricWriter
 from sdzero_jax.objectives import CrossEntropy, PolicyGradient, SelfDistillation, Term
 from sdzero_jax.optimizer import OptimizerConfig, make_optimizer
 from sdzero_jax.rollouts import Domain, rollouts_from_json, rollouts_to_json
@@ -47,7 +42,7 @@ from sdzero_jax.sources import (
     advantages,
     demonstration_context,
 )
-from sdzero_jax.teacher import TeacherConfig, sync_due
+from sdzero_jax.teacher import TeacherConfig
 from sdzero_jax.train_step import in_parts, init_state, make_train_step
 
 ADVANTAGE = np.array([1.5, -0.5, -1.0, 0.0], np.float32)
@@ -495,7 +490,7 @@ def test_compact_srt_trains_revisions_and_every_right_answer():
     assert counts["answers"] == 2
 
 
-# ------------------------------------------------------------------------------------ registry, teacher
+# -------------------------------------------------------------------------------------------- registry
 
 
 def test_methods_are_known_by_name_and_their_weights_can_be_changed():
@@ -509,94 +504,6 @@ def test_methods_are_known_by_name_and_their_weights_can_be_changed():
         terms = loss_terms(method, SelfDistillation(), PolicyGradient(), CrossEntropy())
         assert all(term.batch in ("rollouts", "replay", "sequences") for term in terms)
         assert method.on_policy == all(term.batch != "sequences" for term in terms)
-
-
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        (["train.method=grpo", "train.samples=1"], r"train.samples=1 makes every advantage .*advantage.baseline=batch"),
-        (["train.method=reinforce", "train.samples=1", "train.advantage.baseline=group"], "every advantage"),
-        (["train.method=sdzero", "train.samples=1", "train.advantage.drop_uniform=true"], "leaves out every question"),
-        (["train.method=grpo", "train.policy.kl_weight=0.1", "train.teacher.schedule=live"], "which is 0"),
-        (
-            ["train.method=grpo", "train.policy.kl_weight=0.1", "train.teacher.schedule=sync_every",
-             "train.teacher.sync_steps=8"],
-            "sync_every moves nothing with train.method=grpo",
-        ),
-        (
-            ["train.method=reinforce", "train.policy.kl_weight=0.1", "train.teacher.schedule=sync_on_plateau"],
-            "sync_on_plateau moves nothing",
-        ),
-        (["train.method=sdft", "train.objective.guidance=1"], "guidance=1.0 changes nothing"),
-        (["distill.method=sdft_answer", "distill.objective.guidance=1"], "distill.objective.guidance=1.0"),
-    ],
-)  # fmt: skip
-def test_settings_that_train_nothing_are_refused(settings, message):
-    with pytest.raises(UserError, match=message) as refused:
-        validate(override(load_config(DEMO), settings))
-    assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ["train.method=grpo", "train.samples=1", "train.advantage.baseline=batch"],
-        ["train.method=sft", "train.samples=1", "train.advantage.drop_uniform=true", "train.microbatches=2"],
-        ["train.method=grpo", "train.policy.kl_weight=0.1", "train.teacher.schedule=ema"],
-        ["train.method=sdzero_hybrid", "train.policy.kl_weight=0.1", "train.teacher.schedule=sync_every",
-         "train.teacher.sync_steps=8"],
-        ["train.method=sdzero", "train.samples=1", "train.objective.guidance=1", "train.teacher.schedule=live"],
-    ],
-)  # fmt: skip
-def test_their_neighbours_that_train_something_are_not(settings):
-    validate(override(load_config(DEMO), settings))
-
-
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-DEMO = str(CONFIGS / "demo.py")
-
-
-@pytest.mark.parametrize("path", sorted(p for p in CONFIGS.glob("*.py") if "def get_config" in p.read_text()))
-def test_every_config_of_the_project_is_in_order(path):
-    validate(load_config(str(path)))
-
-
-def test_a_plateau_synchronises_after_as_many_validations_without_a_best():
-    config = TeacherConfig(schedule="sync_on_plateau", patience=2)
-    assert not sync_due(config, 10)
-    assert not sync_due(config, 10, [0.5, 0.6, 0.7])
-    assert not sync_due(config, 10, [0.5, 0.6, 0.55])
-    assert sync_due(config, 10, [0.5, 0.6, 0.55, 0.6])
-    assert not sync_due(config, 10, [0.5, 0.6, 0.55, 0.61])
-    assert [step for step in range(1, 9) if sync_due(TeacherConfig("sync_every", sync_steps=4), step)] == [4, 8]
-
-
-def drive_hooks(folder, monkeypatch, teacher):
-    """after_step of a run whose keep rate is fine, as (step, figures) -> what it logs."""
-    monkeypatch.setattr(training, "measure_keep_rate", lambda *_: 1.0)
-    monkeypatch.setattr(training, "synchronise", lambda state: state)
-    run = SimpleNamespace(
-        problems=SimpleNamespace(questions=lambda *_: []), config=SimpleNamespace(health=HealthConfig())
-    )
-    step_fn = SimpleNamespace(parameters=lambda params: params)
-    config = SimpleNamespace(teacher=teacher, validation_questions=0, validate_every=1)
-    hooks = training.on_policy_hooks(run, "train", folder, config, find_method("sdzero"), 1, step_fn)
-    return lambda step, figures: hooks.after_step(step, SimpleNamespace(params=None), figures)[1]
-
-
-def test_a_resumed_plateau_counts_only_what_the_checkpoint_knows(tmp_path, monkeypatch):
-    teacher = TeacherConfig(schedule="sync_on_plateau", patience=2)
-    accuracies = [0.5, 0.6, 0.55, 0.6, 0.65, 0.7, 0.68, 0.7]
-    whole = drive_hooks(tmp_path / "none", monkeypatch, teacher)
-    wanted = [whole(step, {"validation_accuracy": value}) for step, value in enumerate(accuracies, 1)]
-    assert [step for step, logged in enumerate(wanted, 1) if logged] == [4, 8]
-    # Killed after step 6, whose checkpoint is that of step 3: the loop drops rows 4 to 6 after the hooks are made.
-    with MetricWriter(tmp_path) as writer:
-        for step, (value, logged) in enumerate(zip(accuracies[:6], wanted), 1):
-            writer.write(step, {"validation_accuracy": value} | logged)
-    resumed = drive_hooks(tmp_path, monkeypatch, teacher)
-    MetricWriter(tmp_path, resume_step=3).close()
-    assert [resumed(step, {"validation_accuracy": accuracies[step - 1]}) for step in range(4, 9)] == wanted[3:]
 
 
 # ---------------------------------------------------------------------------------------------- ledger

@@ -1,6 +1,8 @@
 """Overrides, type checks, differences and help of the configuration."""
 
 import dataclasses
+import pathlib
+import re
 
 import pytest
 
@@ -121,16 +123,90 @@ def test_hashes_follow_values_only(demo):
         ("srt", ["srt.batch_size=24", "srt.microbatches=8"], 2, 6),
         ("distill", ["distill.batch_size=8", "distill.samples=2", "distill.microbatches=16"], 8, 2),
         ("train", ["train.method=sft", "train.batch_size=8", "train.samples=2", "train.microbatches=4"], 4, 2),
-        ("distill", ["distill.batch_size=16", "distill.microbatches=4", "distill.replay.pairs=8"], 4, 2),
+        (
+            "distill",
+            [
+                "distill.method=sdzero_replay",
+                "distill.batch_size=16",
+                "distill.microbatches=4",
+                "distill.replay.pairs=8",
+            ],
+            4,
+            2,
+        ),
     ],
 )
-def test_parts_of_a_batch_that_leave_devices_without_a_row_are_refused(section, changes, parts, nearest):
-    config = settings.override(load_config("configs/demo.py"), changes)
-    own = getattr(config, section)
-    sizes = {f"{section}.batch_size": own.batch_size}
-    if "distill.replay.pairs=8" in changes:
-        sizes["distill.replay.pairs"] = 8
+def test_parts_of_a_batch_that_leave_devices_without_a_row_are_refused(demo, section, changes, parts, nearest):
+    own = getattr(settings.override(demo, changes), section)
     with pytest.raises(UserError, match=f"do not divide over {parts} devices .*; nearest: {nearest}$"):
-        runs._check_microbatches(section, own, sizes, parts)
-    fitting = dataclasses.replace(own, microbatches=nearest)
-    runs._check_microbatches(section, fitting, sizes, parts)
+        runs._check_microbatches(section, own, parts)
+    runs._check_microbatches(section, dataclasses.replace(own, microbatches=nearest), parts)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["train.method=grpo", "train.samples=1"], r"train.samples=1 makes every advantage .*advantage.baseline=batch"),
+        (["train.method=reinforce", "train.samples=1", "train.advantage.baseline=group"], "every advantage"),
+        (["train.method=sdzero", "train.samples=1", "train.advantage.drop_uniform=true"], "leaves out every question"),
+        (["train.method=grpo", "train.policy.kl_weight=0.1", "train.teacher.schedule=live"], "which is 0"),
+        (
+            ["train.method=grpo", "train.policy.kl_weight=0.1", "train.teacher.schedule=sync_every",
+             "train.teacher.sync_steps=8"],
+            "sync_every moves nothing with train.method=grpo",
+        ),
+        (
+            ["train.method=reinforce", "train.policy.kl_weight=0.1", "train.teacher.schedule=sync_on_plateau"],
+            "sync_on_plateau moves nothing",
+        ),
+        (["train.method=sdft", "train.objective.guidance=1"], "guidance=1.0 changes nothing"),
+        (["distill.method=sdft_answer", "distill.objective.guidance=1"], "distill.objective.guidance=1.0"),
+    ],
+)  # fmt: skip
+def test_settings_that_train_nothing_are_refused(demo, changes, message):
+    with pytest.raises(UserError, match=message) as refused:
+        validate(settings.override(demo, changes))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes, one_more",
+    [
+        (["train.method=grpo", "train.samples=1", "train.advantage.baseline=batch"], "train.advantage.baseline=group"),
+        (
+            ["train.method=sft", "train.samples=1", "train.advantage.drop_uniform=true", "train.microbatches=2"],
+            "train.method=sdzero",
+        ),
+        (
+            ["train.method=grpo", "train.policy.kl_weight=0.1", "train.teacher.schedule=ema"],
+            "train.teacher.schedule=live",
+        ),
+        (
+            ["train.method=sdzero_hybrid", "train.policy.kl_weight=0.1", "train.teacher.schedule=sync_every",
+             "train.teacher.sync_steps=8"],
+            "train.method=grpo",
+        ),
+        (
+            ["train.method=sdzero", "train.samples=1", "train.objective.guidance=1", "train.teacher.schedule=live"],
+            "train.method=sdft",
+        ),
+    ],
+)  # fmt: skip
+def test_their_neighbours_are_accepted_and_one_change_away_from_refusal(demo, changes, one_more):
+    accepted = settings.override(demo, changes)
+    validate(accepted)
+    with pytest.raises(UserError):
+        validate(settings.override(accepted, [one_more]))
+
+
+CONFIGS = sorted(p for p in pathlib.Path("configs").glob("*.py") if "\ndef get_config" in p.read_text())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_valid_and_its_header_says_how_to_run_it(path):
+    config = load_config(str(path))
+    validate(config)
+    assert (config.name, config.run_dir) == (path.stem, f"runs/{path.stem}")
+    header = path.read_text().split('"""')[1]
+    assert f"python run.py {path}" in re.search(r"^Command:.*", header, re.MULTILINE)[0]
+    assert all(f"\n{word}:" in header for word in ("Hardware", "Expected"))

@@ -1,12 +1,18 @@
 """The training loop on a toy: what it does between two steps, on a signal, and with what it starts from."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from sdzero_jax import training
 from sdzero_jax.checkpoint import CheckpointConfig, Checkpointer
 from sdzero_jax.errors import Stopped
-from sdzero_jax.metrics import FILE_NAME, read_metrics
+from sdzero_jax.health import HealthConfig
+from sdzero_jax.methods import find_method
+from sdzero_jax.metrics import FILE_NAME, MetricWriter, read_metrics
+from sdzero_jax.teacher import TeacherConfig, sync_due
 from sdzero_jax.train import Hooks, fit
 from sdzero_jax.train_step import TrainState
 
@@ -90,3 +96,41 @@ def test_what_training_starts_from_is_freed_whether_it_was_read_or_not(tmp_path)
         else:
             run(tmp_path, Numbers(), given=given)
         assert given["w"].is_deleted(), stage
+
+
+def test_a_plateau_synchronises_after_as_many_validations_without_a_best():
+    config = TeacherConfig(schedule="sync_on_plateau", patience=2)
+    assert not sync_due(config, 10)
+    assert not sync_due(config, 10, [0.5, 0.6, 0.7])
+    assert not sync_due(config, 10, [0.5, 0.6, 0.55])
+    assert sync_due(config, 10, [0.5, 0.6, 0.55, 0.6])
+    assert not sync_due(config, 10, [0.5, 0.6, 0.55, 0.61])
+    assert [step for step in range(1, 9) if sync_due(TeacherConfig("sync_every", sync_steps=4), step)] == [4, 8]
+
+
+def drive_hooks(folder, monkeypatch, teacher):
+    """after_step of a run whose keep rate is fine, as (step, figures) -> what it logs."""
+    monkeypatch.setattr(training, "measure_keep_rate", lambda *_: 1.0)
+    monkeypatch.setattr(training, "synchronise", lambda state: state)
+    run = SimpleNamespace(
+        problems=SimpleNamespace(questions=lambda *_: []), config=SimpleNamespace(health=HealthConfig())
+    )
+    step_fn = SimpleNamespace(parameters=lambda params: params)
+    config = SimpleNamespace(teacher=teacher, validation_questions=0, validate_every=1)
+    hooks = training.on_policy_hooks(run, "train", folder, config, find_method("sdzero"), 1, step_fn)
+    return lambda step, figures: hooks.after_step(step, SimpleNamespace(params=None), figures)[1]
+
+
+def test_a_resumed_plateau_counts_only_what_the_checkpoint_knows(tmp_path, monkeypatch):
+    teacher = TeacherConfig(schedule="sync_on_plateau", patience=2)
+    accuracies = [0.5, 0.6, 0.55, 0.6, 0.65, 0.7, 0.68, 0.7]
+    whole = drive_hooks(tmp_path / "none", monkeypatch, teacher)
+    wanted = [whole(step, {"validation_accuracy": value}) for step, value in enumerate(accuracies, 1)]
+    assert [step for step, logged in enumerate(wanted, 1) if logged] == [4, 8]
+    # Killed after step 6, whose checkpoint is that of step 3: the loop drops rows 4 to 6 after the hooks are made.
+    with MetricWriter(tmp_path) as writer:
+        for step, (value, logged) in enumerate(zip(accuracies[:6], wanted), 1):
+            writer.write(step, {"validation_accuracy": value} | logged)
+    resumed = drive_hooks(tmp_path, monkeypatch, teacher)
+    MetricWriter(tmp_path, resume_step=3).close()
+    assert [resumed(step, {"validation_accuracy": accuracies[step - 1]}) for step in range(4, 9)] == wanted[3:]
