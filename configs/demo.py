@@ -16,6 +16,7 @@ from sdzero_jax.models import DecoderConfig
 from sdzero_jax.optimizer import OptimizerConfig
 from sdzero_jax.rollouts import SamplingConfig
 from sdzero_jax.sampler import SamplerConfig
+from sdzero_jax.sources import ReplayConfig
 from sdzero_jax.tasks import ChainConfig, TaskConfig
 
 
@@ -66,6 +67,7 @@ def get_config() -> Config:
             validate_every=32,
             sampling=one_solution,
             layout=layout,
+            replay=ReplayConfig(max_length=96),
             optimizer=gentle,
             max_length=48,
         ),

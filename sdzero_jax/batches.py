@@ -8,8 +8,9 @@ of ids and never re-tokenised (ALGORITHM: token layout).
 A "scored sequence" batch, for cross-entropy:
   tokens, positions, segment_ids [B, L]; index, target_ids, weights [B, R]
 A distillation batch, for self-distillation and policy gradients:
-  gen_* and rev_* [B, L] as above; gen_index, rev_index, target_ids, mask, logprobs [B, R]; ends [B, R],
-  1 at an end token; reward [B]; with guidance also opposite_* and opposite_index, the teacher under the other phrase
+  gen_* and rev_* [B, L] as above; gen_index, rev_index, target_ids, mask, logprobs, sampling_logprobs [B, R];
+  ends [B, R], 1 at an end token; reward [B]; with guidance also opposite_* and opposite_index, the teacher under the
+  other phrase
 """
 
 import dataclasses
@@ -104,8 +105,8 @@ class DistillLayout:
         return min(self.max_prompt + 2 * self.max_response + phrase_length, self.max_teacher_tokens)
 
 
-# (rollout, reward that chooses the phrase) -> what the teacher reads before y
-TeacherContext = Callable[[Rollout, float], Ids]
+# (rollout, reward that chooses the phrase) -> what the teacher reads before y; None where it has nothing to read
+TeacherContext = Callable[[Rollout, float], Ids | None]
 
 
 def reviser_context(rollout: Rollout, phrase_ids: Ids, stop_ids: Ids, keep_first_eos: bool) -> tuple[int, ...]:
@@ -157,7 +158,7 @@ def distill_batch(
       teacher: False leaves the teacher's rows out, for policy gradients.
 
     Returns:
-      The batch, and counts {"overlong", "no_verdict", "masked"} of rows left out.
+      The batch, and counts {"overlong", "no_verdict", "no_context", "masked"} of rows left out.
     """
     if context is None:
 
@@ -168,11 +169,12 @@ def distill_batch(
     rev_limit = layout.rev_length(longest_phrase)
     gen_limit, width = layout.max_prompt + layout.max_response, layout.max_response
     limits = {"gen": gen_limit} | {side: rev_limit for side in ["rev"] * teacher + ["opposite"] * opposite}
-    counts = {"overlong": 0, "no_verdict": 0, "masked": 0}
+    counts = {"overlong": 0, "no_verdict": 0, "no_context": 0, "masked": 0}
     rows: dict[str, list[Ids]] = {side: [] for side in limits}
     indices = [f"{side}_index" for side in limits]
     batch = {name: np.zeros((len(rollouts), width), np.int32) for name in (*indices, "target_ids")}
-    batch |= {name: np.zeros((len(rollouts), width), np.float32) for name in ("mask", "ends", "logprobs")}
+    floats = ("mask", "ends", "logprobs", "sampling_logprobs")
+    batch |= {name: np.zeros((len(rollouts), width), np.float32) for name in floats}
     batch["reward"] = np.zeros(len(rollouts), np.float32)
     for row, rollout in enumerate(rollouts):
         reward = rollout.verdict.reward or 0.0
@@ -180,12 +182,14 @@ def distill_batch(
         before = {"gen": prompt, "rev": context(rollout, reward), "opposite": ()}
         if opposite:
             before["opposite"] = context(rollout, 1.0 - reward)
-        overlong = len(response) > width or any(len(before[s]) + len(response) > limits[s] for s in limits)
+        blind = any(before[side] is None for side in limits)
+        counts["no_context"] += blind
+        overlong = len(response) > width or any(len(before[s] or ()) + len(response) > limits[s] for s in limits)
         counts["overlong"] += overlong
         counts["no_verdict"] += rollout.verdict.reward is None
         trained = is_trained(rollout, layout.sample_mask)
         counts["masked"] += not trained and rollout.verdict.reward is not None
-        if overlong or not trained:
+        if blind or overlong or not trained:
             for side in limits:
                 rows[side].append(prompt[:1])
             continue
@@ -197,6 +201,7 @@ def distill_batch(
         batch["mask"][row, :count] = 1.0
         batch["ends"][row, count - 1] = rollout.finish_reason == "stop" and response[-1] in stop_ids
         batch["logprobs"][row, :count] = rollout.logprobs
+        batch["sampling_logprobs"][row, :count] = rollout.sampling_logprobs or rollout.logprobs
         batch["reward"][row] = reward
     for side, limit in limits.items():
         batch |= _tokens_batch(f"{side}_", rows[side], limit)

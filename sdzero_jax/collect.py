@@ -108,13 +108,17 @@ def sample(
     chunk: int,
     seed: int,
 ) -> tuple[list[Rollout], dict[str, float]]:
-    """Writes n graded responses per question to `path`; returns them and their counts. Goes on like `collect`."""
+    """Writes n graded responses per question to `path`, without log-probs; returns them and their counts.
+
+    Goes on like `collect`.
+    """
     log = ChunkLog(path)
 
     def make(number: int, part: Sequence[Question]):
         label = f"sample/{number:06d}"
         fresh = sample_responses(domain, sampler, params, part, config, label=label, seed=seed, n=n)
-        return rollouts_to_json(fresh), {"questions": len(part)}
+        bare = [dataclasses.replace(rollout, logprobs=(), sampling_logprobs=()) for rollout in fresh]
+        return rollouts_to_json(bare), {"questions": len(part)}
 
     def figures() -> dict[str, float]:
         return {"accuracy": _mean_reward(record["verdict"]["reward"] for record in log.records)}

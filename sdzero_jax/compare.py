@@ -219,6 +219,8 @@ def _run_entry(comparison: Comparison, entry: Entry, config: Config, shared: pat
         ledger = spent(run, chain)
         seconds = sum(run.need(stage)["seconds"] for stage in chain if stage != "base")
         metrics = evaluate_stage(run, entry.stage)
+        if metrics[f"avg@{config.evaluate.k}"] is None:
+            raise NothingLeft(f"{entry.label}: no response of its evaluation has a verdict")
         record = dataclasses.asdict(ledger) | {"flops": ledger.flops(run.config.model)}
         return {"metrics": metrics, "ledger": record, "seconds": round(seconds, 1)}
 

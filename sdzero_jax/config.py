@@ -77,6 +77,11 @@ class DistillConfig:
     method: Annotated[str, "a name of sdzero_jax.methods.METHODS"] = "sdzero"
     weights: Annotated[tuple[float, ...], "weights of the method's terms in place of its own"] = ()
     questions: Annotated[int, "training questions"] = 1024
+    collected: Annotated[
+        Literal["auto", "reuse", "skip"],
+        "questions that an earlier stage collected from: reuse them, skip them, or auto: of real questions skip them "
+        "where enough are left",
+    ] = "auto"
     passes: Annotated[int, "rollouts per question and round, one at a time"] = 2
     rounds: Annotated[int, "rounds; the teacher becomes the student between two of them"] = 1
     round_scale: Annotated[float, "factor on the learning rate from one round to the next"] = 0.5
@@ -183,7 +188,7 @@ _INTERVALS = {
     "yarn_factor yarn_original_length",
     "[0, inf)": "steps sync_steps validate_every expected_tokens keep_best examples rank top_k sampling.temperature "
     "learning_rate weight_decay clip_norm weights token_clip importance_cap guidance clip_high kl_weight workers "
-    "memory_mib float_digits min_mean_tokens yarn_attention_factor hosts.count",
+    "memory_mib float_digits min_mean_tokens yarn_attention_factor hosts.count replay.max_length",
     "(0, inf)": "objective.temperature round_scale epsilon alpha rms_norm_eps initializer_range yarn_beta_fast "
     "yarn_beta_slow",
     "(0, 1000]": "time_scale wall_factor memory_scale",
@@ -272,10 +277,17 @@ def _validate_on_policy(path: str, config: DistillConfig) -> None:
             f"{path}.samples=1 makes every advantage of {path}.method={config.method} 0, as its baseline is the "
             f"question's own samples; raise {path}.samples, or set {path}.advantage.baseline=batch"
         )
-    if method.on_policy and config.samples == 1 and config.advantage.drop_uniform:
+    if config.advantage.drop_uniform and method.on_policy and not policy:
+        raise UserError(
+            f"{path}.advantage.drop_uniform=true changes nothing with {path}.method={config.method}, which has no "
+            "advantages; set it to false"
+        )
+    if policy and config.samples == 1 and config.advantage.drop_uniform:
         raise UserError(
             f"{path}.advantage.drop_uniform=true leaves out every question with {path}.samples=1; raise the latter"
         )
+    if policy:
+        _check_policy_sampling(path, config)
     if policy and config.policy.kl_weight > 0:
         schedule = config.teacher.schedule
         if schedule == "live":
@@ -293,6 +305,22 @@ def _validate_on_policy(path: str, config: DistillConfig) -> None:
             f"{path}.objective.guidance={objective.guidance} changes nothing with {path}.method={config.method}, whose "
             "teacher reads the same under both phrases; set guidance=0"
         )
+
+
+def _check_policy_sampling(path: str, config: DistillConfig) -> None:
+    """Refuses samples of another distribution than the one whose gradient is taken."""
+    sampling = config.sampling
+    if sampling.temperature == 0.0:
+        raise UserError(
+            f"{path}.sampling.temperature=0 draws the same sample again and again, and {path}.method={config.method} "
+            "learns from their differences; wanted more than 0"
+        )
+    for name, whole in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+        if (value := getattr(sampling, name)) != whole:
+            raise UserError(
+                f"{path}.sampling.{name}={value} draws from a part of the vocabulary, but {path}.method="
+                f"{config.method} is a gradient over all of it; set {path}.sampling.{name}={whole:g}"
+            )
 
 
 def override(config: Config, assignments: Sequence[str]) -> Config:

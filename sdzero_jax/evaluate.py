@@ -60,7 +60,8 @@ def evaluate(
         return _evaluate_chunk(config, domain, sampler, params, part, base, number, seed), {}
 
     def figures() -> dict[str, float]:
-        return {"accuracy": evaluation_metrics(log.records, config.k)[f"avg@{config.k}"]}
+        accuracy = evaluation_metrics(log.records, config.k)[f"avg@{config.k}"]
+        return {} if accuracy is None else {"accuracy": accuracy}
 
     fill(log, f"eval {name}", questions, config.chunk, make, figures)
     return log.records, {"model": name} | evaluation_metrics(log.records, config.k)

@@ -48,7 +48,8 @@ class Rollout:
     """One sampled response with its verdict.
 
     `response_ids` are the ids as sampled, the end token included when it ended
-    (`finish_reason` "stop"); `logprobs` are at temperature 1, one per response id.
+    (`finish_reason` "stop"); `logprobs` are at temperature 1, one per response id, `sampling_logprobs`
+    under the distribution that was drawn from.
     """
 
     question: Question
@@ -58,6 +59,7 @@ class Rollout:
     finish_reason: Literal["stop", "length"]
     verdict: Verdict
     sample_index: int = 0
+    sampling_logprobs: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

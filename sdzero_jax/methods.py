@@ -6,6 +6,7 @@ in the baseline. Where batches come from is in `sources`, what an objective comp
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -126,15 +127,19 @@ def trace_length(trace: RevisionTrace) -> int:
     return sum(map(len, (trace.prompt_ids, trace.init_ids, trace.phrase_ids, trace.revised_ids)))
 
 
-def right_sequences(rollouts: Sequence[Rollout], max_length: int) -> list[ScoredSequence]:
-    """x | y EOS of every distinct right, finished response (rejection sampling fine-tuning, RFT)."""
+def right_sequences(rollouts: Sequence[Rollout], max_length: int) -> tuple[list[ScoredSequence], int]:
+    """x | y EOS of every distinct right, finished response (rejection sampling fine-tuning, RFT).
+
+    Returns: those of at most `max_length` tokens, and the number of longer ones.
+    """
     pairs = {
         (rollout.prompt_ids, rollout.response_ids): None
         for rollout in rollouts
         if rollout.verdict.reward == 1.0 and rollout.finish_reason == "stop"
     }
     sequences = [response_sequence(prompt, response) for prompt, response in pairs]
-    return [sequence for sequence in sequences if len(sequence.tokens) <= max_length]
+    fitting = [sequence for sequence in sequences if len(sequence.tokens) <= max_length]
+    return fitting, len(sequences) - len(fitting)
 
 
 # -------------------------------------------------------------------------------- methods of one loop
@@ -201,12 +206,20 @@ def find_method(name: str, weights: Sequence[float] = ()) -> Method:
 
 
 def loss_terms(
-    method: Method, distillation: SelfDistillation, policy: PolicyGradient, cross_entropy: CrossEntropy
+    method: Method,
+    distillation: SelfDistillation,
+    policy: PolicyGradient,
+    cross_entropy: CrossEntropy,
+    temperature: float = 1.0,
 ) -> tuple[Term, ...]:
-    """The method's terms with the settings of their objectives, for `objectives.combined`."""
+    """The method's terms with the settings of their objectives, for `objectives.combined`.
+
+    temperature: that of sampling, at which a policy gradient is taken.
+    """
+    at_temperature = functools.partial(objectives.policy_gradient, temperature=temperature)
     known = {
         "self_distillation": (objectives.self_distillation, distillation),
-        "policy_gradient": (objectives.policy_gradient, policy),
+        "policy_gradient": (at_temperature, policy),
         "cross_entropy": (objectives.cross_entropy, cross_entropy),
     }
     return tuple(Term(weight, batch, *known[objective]) for weight, batch, objective in method.terms)

@@ -126,15 +126,17 @@ def guided_hidden(config: SelfDistillation, model: LanguageModel, teacher, batch
     return ((1.0 + beta) * hidden.astype(jnp.float32) - beta * opposite.astype(jnp.float32)).astype(hidden.dtype)
 
 
-def policy_gradient(config: PolicyGradient, model: LanguageModel, params, teacher, batch):
+def policy_gradient(config: PolicyGradient, model: LanguageModel, params, teacher, batch, *, temperature: float = 1.0):
     """sum_t w_t (-min(r_t A, clip(r_t) A)) over sampled responses; `teacher`, if any, is the reference of the KL.
+
+    The policy is the model at the temperature that it was sampled at, without filters.
 
     Returns: (loss, metrics).
     """
     mask, advantage = token_mask(config, batch), batch["advantage"][:, None]
     weights = _token_weights(config, mask, batch)
-    logp = _response_logprob(model, params, batch)  # [B, R]
-    rollout = batch["logprobs"]
+    logp = _response_logprob(model, params, batch, temperature)  # [B, R]
+    rollout = batch["logprobs" if temperature == 1.0 else "sampling_logprobs"]
     loss = masked.masked_sum(
         losses.clipped_policy_gradient(logp, rollout, advantage, config.clip_low, config.clip_high), weights
     )
@@ -147,7 +149,7 @@ def policy_gradient(config: PolicyGradient, model: LanguageModel, params, teache
         "rollout_nll": (masked.masked_sum(-rollout, mask), tokens),
     }
     if config.kl_weight:
-        reference = _response_logprob(model, jax.lax.stop_gradient(teacher), batch)
+        reference = _response_logprob(model, jax.lax.stop_gradient(teacher), batch, temperature)
         gap = reference - logp
         estimate = jnp.expm1(gap) - gap  # k3 (Schulman): non-negative, unbiased for KL(S, reference)
         loss = loss + config.kl_weight * masked.masked_sum(estimate, weights)
@@ -155,10 +157,11 @@ def policy_gradient(config: PolicyGradient, model: LanguageModel, params, teache
     return loss, metrics
 
 
-def _response_logprob(model: LanguageModel, params, batch) -> jax.Array:
-    """ln S(y_t) [B, R] of the response tokens."""
+def _response_logprob(model: LanguageModel, params, batch, temperature: float) -> jax.Array:
+    """ln S(y_t) [B, R] of the response tokens at a temperature."""
     hidden = response_hidden(model, params, batch, "gen_", "gen_index")
-    logp = ops.linear_logprob(_flat(hidden), model.unembedding(params), batch["target_ids"].reshape(-1))
+    ids = batch["target_ids"].reshape(-1)
+    logp = ops.linear_logprob(_flat(hidden), model.unembedding(params), ids, temperature=temperature)
     return logp.reshape(batch["mask"].shape)
 
 
@@ -203,6 +206,8 @@ def token_mask(config, batch) -> jax.Array:
     """[B, R]: the tokens that an objective of this config counts, with their weights."""
     if isinstance(config, CrossEntropy):
         return batch["weights"]
+    if isinstance(config, PolicyGradient):
+        return batch.get("policy_mask", batch["mask"])
     return batch["mask"] * (1.0 - batch["ends"]) if getattr(config, "mask_end", False) else batch["mask"]
 
 

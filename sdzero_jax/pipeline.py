@@ -26,6 +26,7 @@ from sdzero_jax.errors import UserError
 from sdzero_jax.evaluate import evaluate
 from sdzero_jax.examples import RevisionTrace
 from sdzero_jax.files import write_json_atomic
+from sdzero_jax.losses import needs_ids
 from sdzero_jax.methods import SRT_STAGES, find_method, srt_sequences
 from sdzero_jax.progress import say
 from sdzero_jax.rollouts import sample_responses
@@ -215,18 +216,19 @@ def localise(run: Run, folder: pathlib.Path) -> dict[str, Any]:
         label="localise", seed=run.config.seed,
     )  # fmt: skip
     distill = run.config.distill
+    layout = dataclasses.replace(distill.layout, sample_mask="all")  # wrong answers are what is looked at
     rows = rows_at_once(run, distill.batch_size * distill.samples, distill.microbatches)
     records = localisation_records(
-        run.model, params, params, rollouts, run.domain, run.config.distill.layout,
-        run.problems.first_error,
-        divergence=run.config.distill.objective.divergence,
+        run.model, params, params, rollouts, run.domain, layout, run.problems.first_error,
+        # The one-sample estimate is made for its gradient; its values say nothing about a token.
+        divergence="reverse_kl" if needs_ids(distill.objective.divergence) else distill.objective.divergence,
         batch_size=rows, mesh=run.mesh,
     )  # fmt: skip
     summary = localisation_summary(records)
     wrong_first = sorted(records, key=lambda record: record["first_error"] is None)
     examples = wrong_first[: config.examples]
     tops = top_alternatives(
-        run.model, params, params, [rollouts[e["rollout"]] for e in examples], run.domain, run.config.distill.layout,
+        run.model, params, params, [rollouts[e["rollout"]] for e in examples], run.domain, layout,
         batch_size=rows, mesh=run.mesh,
     )  # fmt: skip
     examples = [example | top for example, top in zip(examples, tops)]

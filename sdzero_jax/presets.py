@@ -66,6 +66,13 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "distill.optimizer.weight_decay=0.01",
         "distill.optimizer.clip_norm=1.0",
     ),
+    # A rival: self-distillation fine-tuning as it was published, with a demonstration in the place of a revision.
+    "sdft": (
+        "train.method=sdft",
+        "train.objective.divergence=forward_kl",
+        "train.teacher.schedule=ema",
+        "train.teacher.ema_rate=0.01",
+    ),
 }
 
 

@@ -2,7 +2,7 @@
 
 The reviser reads x | y | d P_r d | ..., where P_r depends on the reward of y (SD-Zero, control phrases).
 Every stage asks with the same user turn: the problem and its instruction, exactly once.
-A checkpoint records the phrases and instruction it was trained with; distillation refuses others.
+Saved parameters record the phrases and the tokenizer's fingerprint, template included; distillation refuses others.
 Leaves out chat templates, which belong to the tokenizer.
 """
 

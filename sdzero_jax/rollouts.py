@@ -243,6 +243,7 @@ def _grade(domain: Domain, done) -> list[tuple[tuple[str, int], Rollout]]:
                 finish_reason=completion.finish_reason,
                 verdict=verdict,
                 sample_index=completion.sample_index,
+                sampling_logprobs=completion.sampling_logprobs,
             ),
         )
         for (job, completion), verdict in zip(done, verdicts)
@@ -282,13 +283,16 @@ def rollouts_to_json(rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
     return [dataclasses.asdict(rollout) for rollout in rollouts]
 
 
+_TUPLES = ("prompt_ids", "response_ids", "logprobs", "sampling_logprobs")
+
+
 def rollouts_from_json(records: Sequence[dict[str, Any]]) -> list[Rollout]:
     """What `rollouts_to_json` wrote."""
     return [
         Rollout(
             **record
             | {"question": Question(**record["question"] | {"gold": tuple(record["question"]["gold"])})}
-            | {name: tuple(record[name]) for name in ("prompt_ids", "response_ids", "logprobs")}
+            | {name: tuple(record.get(name, ())) for name in _TUPLES}
             | {"verdict": Verdict(**record["verdict"])}
         )
         for record in records

@@ -19,6 +19,7 @@ from sdzero_jax import hosts, settings, sharding, stores
 from sdzero_jax.checkpoint import load_params
 from sdzero_jax.config import BaseConfig, Config, DistillConfig, SrtConfig, microbatches_that_fit, rows_per_step
 from sdzero_jax.errors import UserError
+from sdzero_jax.examples import Question
 from sdzero_jax.files import check_writable, read_json, write_json_atomic
 from sdzero_jax.locks import exclusive
 from sdzero_jax.methods import find_method
@@ -147,6 +148,18 @@ class Run:
             cache_dtype=config.cache_dtype or None,
             mesh=mesh,
         )
+
+    def training_questions(self, stage: str) -> tuple[list[Question], int]:
+        """Questions of an on-policy stage, or of its samples, and how many of them `collect` had before it."""
+        config = getattr(self.config, stage)
+        collected = self.config.collect.questions if "collect" in self.chain(stage) else 0
+        if config.collected == "skip" or (config.collected == "auto" and self.config.problems.train):
+            try:
+                return self.problems.questions("train", collected + config.questions)[collected:], 0
+            except UserError:  # fewer than both need
+                if config.collected == "skip":
+                    raise
+        return self.problems.questions("train", config.questions), min(collected, config.questions)
 
     @property
     def contexts(self) -> dict[str, int]:
@@ -343,7 +356,10 @@ def check_fit(run: Run, stage: str | None = None) -> None:
     for name, split in _asked(config, stage).items():
         section, _, field = name.partition(".")
         try:
-            problems.questions(split, getattr(getattr(config, section), field))
+            if split == "train" and section in loops:
+                run.training_questions(section)
+            else:
+                problems.questions(split, getattr(getattr(config, section), field))
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     if config.problems.train:

@@ -89,7 +89,7 @@ class ReplayConfig:
 
     pairs: Annotated[int, "sequences per step, half of them wrong -> right, half right -> right"] = 16
     capacity: Annotated[int, "questions whose latest wrong and right responses are remembered"] = 1024
-    max_length: Annotated[int, "longest sequence in tokens; longer ones are not remembered"] = 96
+    max_length: Annotated[int, "longest sequence in tokens; longer ones are not remembered; 0: the teacher's"] = 0
 
 
 class OnPolicySource:
@@ -160,13 +160,13 @@ class OnPolicySource:
         lengths = [len(r.response_ids) for r in rollouts]
         self._sampled += sum(lengths)
         self._draws += 1
-        reward = float(np.mean(rewards)) if rewards else 0.0
-        before = reward if self._mean is None else self._mean
-        self._mean = self._advantage.decay * before + (1.0 - self._advantage.decay) * reward
+        figures = {"reward": float(np.mean(rewards))} if rewards else {}
+        if rewards:  # a batch without any verdict says nothing
+            before = figures["reward"] if self._mean is None else self._mean
+            self._mean = self._advantage.decay * before + (1.0 - self._advantage.decay) * figures["reward"]
         if self._memory:
             self._memory.remember(rollouts)
-        return {
-            "reward": reward,
+        return figures | {
             "mean_tokens": float(np.mean(lengths)),
             "truncated": float(np.mean([r.finish_reason == "length" for r in rollouts])),
             "sampled_tokens": float(np.sum(lengths)),
@@ -181,10 +181,11 @@ class OnPolicySource:
         )  # fmt: skip
         batch["advantage"] = advantages(rollouts, self._advantage, self._mean)
         if self._advantage.drop_uniform:
-            batch["mask"] *= _mixed_groups(rollouts)[:, None]
+            batch["policy_mask"] = batch["mask"] * _mixed_groups(rollouts)[:, None]
         batches = {"rollouts": batch}
         if self._memory:
             batches["replay"] = self._memory.batch((self._draws - 1) * self._updates + self._used)
+            counts["replayed"] = int(np.sum(batches["replay"]["weights"].any(axis=1)))
         return batches, counts
 
     def get_state(self) -> dict[str, Any]:
@@ -306,13 +307,13 @@ def _choose(draw: np.random.Generator, items: Sequence[Any], count: int) -> list
 def demonstration_context(text_of: Callable[[Any], str | None], domain: Domain) -> TeacherContext:
     """What SDFT's teacher reads (self-distillation fine-tuning): x | demonstration | d P_1 d, for any sample.
 
-    A question without a demonstration gives the teacher x alone.
+    None for a question without one: a teacher that reads x alone would teach the student to stay what it is.
     """
 
-    def context(rollout: Rollout, reward: float) -> tuple[int, ...]:
+    def context(rollout: Rollout, reward: float) -> tuple[int, ...] | None:
         text = text_of(rollout.question)
         if not text:
-            return rollout.prompt_ids
+            return None
         return (*rollout.prompt_ids, *domain.tokenizer.encode(text), *domain.phrase_ids(1.0))
 
     return context

@@ -14,16 +14,16 @@ from typing import Any
 import jax
 
 from sdzero_jax import hosts, ledger, masked, objectives, sharding
-from sdzero_jax.batches import NOTHING, ScoredSequence, response_sequence, sequence_batch
+from sdzero_jax.batches import NOTHING, ScoredSequence, TeacherContext, response_sequence, sequence_batch
 from sdzero_jax.checkpoint import Checkpointer, save_params
 from sdzero_jax.chunks import ChunkLog
 from sdzero_jax.collect import sample
 from sdzero_jax.config import DistillConfig, OptimizerConfig, SrtConfig, TrainConfig
 from sdzero_jax.data import shuffled_batches
 from sdzero_jax.errors import HealthStop, UserError
-from sdzero_jax.examples import RevisionTrace, Rollout
+from sdzero_jax.examples import Question, RevisionTrace, Rollout
 from sdzero_jax.health import judge_keep_rate, length_collapse
-from sdzero_jax.methods import Method, find_method, loss_terms, right_sequences
+from sdzero_jax.methods import Method, NothingLeft, find_method, loss_terms, right_sequences
 from sdzero_jax.metrics import FILE_NAME as METRICS
 from sdzero_jax.metrics import read_metrics
 from sdzero_jax.models import lora
@@ -117,17 +117,19 @@ def held_out_hooks(run: Run, sequences, config) -> Hooks:
 
 def off_policy(run: Run, folder: pathlib.Path, config: TrainConfig, method: Method, params) -> dict[str, Any]:
     """Cross-entropy on demonstrations, or on the start model's own right samples."""
+    overlong = 0
     if method.sequences == "demonstrations":
         sequences, spent = solutions(run, config.questions, config.max_length), ledger.Ledger()
     else:
+        questions, _ = run.training_questions("train")
         rollouts, summary = sample(
-            folder / "samples.jsonl", config.sampling, run.domain, run.sampler(), params,
-            run.problems.questions("train", config.questions), n=config.samples, chunk=config.chunk,
-            seed=run.config.seed,
+            folder / "samples.jsonl", config.sampling, run.domain, run.sampler(), params, questions,
+            n=config.samples, chunk=config.chunk, seed=run.config.seed,
         )  # fmt: skip
-        sequences, spent = right_sequences(rollouts, config.max_length), ledger.of_sampling(summary)
+        (sequences, overlong), spent = right_sequences(rollouts, config.max_length), ledger.of_sampling(summary)
         if not sequences:
-            raise HealthStop(f"none of {summary['generations']} samples is right: nothing to train on")
+            longer = f", but {overlong} that are longer than train.max_length={config.max_length}" if overlong else ""
+            raise HealthStop(f"none of {summary['generations']} samples is right{longer}: nothing to train on")
     steps = max(config.epochs * len(sequences) // config.batch_size, 1)
     source = SequenceSource(sequences, config.batch_size, config.max_length, run.config.seed)
     training = SrtConfig(objective=config.cross_entropy, optimizer=config.optimizer, checkpoint=config.checkpoint)
@@ -137,7 +139,7 @@ def off_policy(run: Run, folder: pathlib.Path, config: TrainConfig, method: Meth
     )  # fmt: skip
     save_params(folder / "params", params, run.provenance)
     spent += ledger.of_training(history(folder))
-    return {"sequences": len(sequences), "ledger": dataclasses.asdict(spent)}
+    return {"sequences": len(sequences), "overlong": overlong, "ledger": dataclasses.asdict(spent)}
 
 
 def solutions(run: Run, questions: int, max_length: int) -> list[ScoredSequence]:
@@ -166,7 +168,8 @@ def on_policy(run: Run, stage: str, folder: pathlib.Path, config: DistillConfig,
     """
     method = find_method(config.method, config.weights)
     revises = method.uses("self_distillation") and method.context == "revision"
-    outcome: dict[str, Any] = {"rounds": 0, "keep_rates": [], "refused": None}
+    questions, collected = run.training_questions(stage)
+    outcome: dict[str, Any] = {"rounds": 0, "keep_rates": [], "refused": None, "questions_collected_too": collected}
     spent = ledger.Ledger()
     for number in range(1, config.rounds + 1):
         where = folder / f"round_{number}"
@@ -181,14 +184,14 @@ def on_policy(run: Run, stage: str, folder: pathlib.Path, config: DistillConfig,
             if verdict == "stop":
                 outcome["refused"] = f"synchronisation before round {number} refused: {line}"
                 break
-        params = on_policy_round(run, stage, where, config, method, params, number)
+        params = on_policy_round(run, stage, where, config, method, questions, params, number)
         save_params(where / "params", params, run.provenance)
         spent += ledger.of_training(history(where))
         outcome["rounds"] = number
     return outcome | {"ledger": dataclasses.asdict(spent)}
 
 
-def on_policy_round(run: Run, stage: str, folder, config: DistillConfig, method: Method, start, number: int):
+def on_policy_round(run: Run, stage: str, folder, config: DistillConfig, method: Method, questions, start, number: int):
     """One round from a model that is the first student and, where there is one, the teacher; returns the student.
 
     `start` is used up.
@@ -197,8 +200,8 @@ def on_policy_round(run: Run, stage: str, folder, config: DistillConfig, method:
         config.optimizer, learning_rate=config.optimizer.learning_rate * config.round_scale ** (number - 1)
     )
     steps = planned_steps(config)
-    source = on_policy_source(run, stage, config, method, number)
-    terms = loss_terms(method, config.objective, config.policy, config.cross_entropy)
+    source = on_policy_source(run, stage, config, method, questions, number)
+    terms = loss_terms(method, config.objective, config.policy, config.cross_entropy, config.sampling.temperature)
     optimizer, schedule = _optimizer(optimizer_config, steps)
     taught = method.uses("self_distillation") or (method.uses("policy_gradient") and config.policy.kl_weight > 0)
     teacher = config.teacher if taught else None
@@ -233,18 +236,20 @@ def planned_steps(config: DistillConfig) -> int:
     return max(config.passes * config.questions // config.batch_size, 1) * config.updates
 
 
-def on_policy_source(run: Run, stage: str, config: DistillConfig, method: Method, number: int) -> OnPolicySource:
+def on_policy_source(
+    run: Run, stage: str, config: DistillConfig, method: Method, questions: Sequence[Question], number: int
+) -> OnPolicySource:
     """Rollouts of the student as the batches that the method's terms read."""
-    questions = run.problems.questions("train", config.questions)
+    context = teacher_context(run, stage, method, questions)
     rollouts = RolloutIterator(
         shuffled_batches(questions, config.batch_size, seed=run.config.seed * 1000 + number),
         run.domain, run.sampler(min(config.batch_size * config.samples, run.config.sampler.slots)), config.sampling,
         label=f"{stage}/{number}", seed=run.config.seed, n=config.samples, prefetch=config.prefetch,
     )  # fmt: skip
-    texts = {"demonstration": run.problems.demonstration, "answer": run.problems.answer}
-    context = demonstration_context(texts[method.context], run.domain) if method.context in texts else None
     advantage = dataclasses.replace(config.advantage, baseline=config.advantage.baseline or method.baseline)
     replays = method.uses("replay")
+    phrase = max(len(run.domain.phrase_ids(reward)) for reward in (0.0, 1.0))
+    replay = dataclasses.replace(config.replay, max_length=config.replay.max_length or config.layout.rev_length(phrase))
     return OnPolicySource(
         rollouts, run.domain, config.layout,
         context=context,
@@ -252,10 +257,23 @@ def on_policy_source(run: Run, stage: str, config: DistillConfig, method: Method
         teacher=method.uses("self_distillation"),
         reference=method.uses("policy_gradient") and config.policy.kl_weight > 0,
         advantage=advantage,
-        replay=config.replay if replays else None,
+        replay=replay if replays else None,
         remembered=collected_attempts(run) if replays and "collect" in run.chain(stage) else (),
         updates=config.updates, budget=config.budget, seed=run.config.seed,
     )  # fmt: skip
+
+
+def teacher_context(run: Run, stage: str, method: Method, questions: Sequence[Question]) -> TeacherContext | None:
+    """What the teacher reads before y, None for a revision; NothingLeft when no question has it."""
+    if method.context == "revision":
+        return None
+    text_of = {"demonstration": run.problems.demonstration, "answer": run.problems.answer}[method.context]
+    if not any(text_of(question) for question in questions):
+        raise NothingLeft(
+            f"{stage}.method: none of {len(questions)} training questions has the {method.context} that the teacher "
+            "of this method reads; wanted questions with solutions, or another method"
+        )
+    return demonstration_context(text_of, run.domain)
 
 
 def collected_attempts(run: Run) -> list[Rollout]:
@@ -287,7 +305,8 @@ def on_policy_hooks(run: Run, stage: str, folder, config, method: Method, number
             run.domain, run.sampler(), params, questions, run.config.evaluate.sampling,
             label=f"{stage}/{number}/validate/{step}", seed=run.config.seed,
         )  # fmt: skip
-        return {"accuracy": _mean([r.verdict.reward for r in rollouts if r.verdict.reward is not None])}
+        judged = [r.verdict.reward for r in rollouts if r.verdict.reward is not None]
+        return {"accuracy": _mean(judged)} if judged else {}
 
     def after_step(step, state, figures):
         rows().append(dict(figures))

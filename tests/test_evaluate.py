@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 import run
+from sdzero_jax import evaluate as evaluation
 from sdzero_jax import pipeline, runs
-from sdzero_jax.evaluate import evaluation_metrics
+from sdzero_jax.evaluate import EvaluateConfig, evaluation_metrics
+from sdzero_jax.examples import Question
 
 
 def records(rewards, tokens=None, answers=None):
@@ -41,6 +43,15 @@ def test_every_figure_over_questions_has_its_interval():
         half = 1.96 * np.std(values) / 10  # 100 questions
         assert metrics[name] == pytest.approx(mean)
         assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.02)
+
+
+def test_a_chunk_without_any_verdict_does_not_end_the_evaluation(tmp_path, monkeypatch):
+    rows = iter([records([[None, None]]), records([[1.0, 0.0]])])
+    monkeypatch.setattr(evaluation, "_evaluate_chunk", lambda *_: next(rows))
+    asked = [Question(f"q{number}", "", (), "math") for number in range(2)]
+    config = EvaluateConfig(k=2, chunk=1)
+    _, metrics = evaluation.evaluate(tmp_path / "r.jsonl", config, None, None, None, asked, name="base", seed=0)
+    assert metrics["avg@2"] == 0.5 and metrics["no_verdict"] == 2
 
 
 def test_the_lengths_of_responses_have_a_distribution():

@@ -132,7 +132,7 @@ def test_first_copy_keeps_its_eos_only_on_request():
 
 def test_failed_grader_overlong_and_sample_masks_are_counted_and_carry_no_mask():
     batch, counts = distill_batch(ROLLOUTS, phrase_ids, [EOS], LAYOUT)
-    assert counts == {"overlong": 0, "no_verdict": 1, "masked": 0}
+    assert counts == {"overlong": 0, "no_verdict": 1, "no_context": 0, "masked": 0}
     assert batch["mask"][3].sum() == 0
     batch, counts = distill_batch(ROLLOUTS, phrase_ids, [EOS], dataclasses.replace(LAYOUT, max_teacher_tokens=20))
     assert counts["overlong"] == 1 and batch["mask"].sum(axis=1).tolist() == [4, 0, 2, 0]

@@ -68,11 +68,11 @@ def _exact_logits(params, ids):
 # ------------------------------------------------------------------------------------- policy gradient
 
 
-def clipped_by_hand(params, clip_low, clip_high):
+def clipped_by_hand(params, clip_low, clip_high, temperature):
     """-sum_t min(r A, clip(r) A) / tokens, one row at a time in float64."""
     total, count = 0.0, 0
     for (context, _, response), advantage in zip(ROWS, ADVANTAGE):
-        logp = reference.response_logp(params, CONFIG, context, response)
+        logp = jax.nn.log_softmax(reference.response_logp(params, CONFIG, context, response) / temperature, axis=-1)
         for t, token in enumerate(response):
             ratio = jnp.exp(logp[t, token] - LOGP_ROLLOUT)
             cut = jnp.where(ratio < 1 - clip_low, 1 - clip_low, jnp.where(ratio > 1 + clip_high, 1 + clip_high, ratio))
@@ -82,13 +82,18 @@ def clipped_by_hand(params, clip_low, clip_high):
 
 
 @pytest.mark.slow
-def test_grpo_gradient_equals_the_computation_by_hand():
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_grpo_gradient_equals_the_computation_by_hand(temperature):
+    """At the temperature of sampling: the ratio is to what the tokens were drawn from."""
     params, _ = student_and_teacher()
-    config = PolicyGradient(clip_low=0.2, clip_high=0.28)
-    loss_fn = functools.partial(objectives.policy_gradient, config, MODEL)
-    (loss, metrics), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, None, batch_of())
+    (term,) = loss_terms(METHODS["grpo"], None, PolicyGradient(clip_low=0.2, clip_high=0.28), None, temperature)
+    loss_fn = functools.partial(term.objective, term.config, MODEL)
+    other = "logprobs" if temperature != 1.0 else "sampling_logprobs"
+    batch = batch_of() | {other: np.full_like(batch_of()[other], -9.0)}
+    (loss, metrics), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, None, batch)
     with jax.enable_x64(True):
-        by_hand = jax.jit(jax.value_and_grad(functools.partial(clipped_by_hand, clip_low=0.2, clip_high=0.28)))
+        hand = functools.partial(clipped_by_hand, clip_low=0.2, clip_high=0.28, temperature=temperature)
+        by_hand = jax.jit(jax.value_and_grad(hand))
         wanted, wanted_gradient = by_hand(as_float64(params))
         wanted, wanted_gradient = float(wanted), jax.tree.map(np.asarray, wanted_gradient)
     assert float(loss) == pytest.approx(wanted, rel=1e-5)
@@ -100,13 +105,13 @@ def test_on_policy_the_gradient_is_advantage_times_score():
     """With the rollout's log-probs equal to the student's the ratio is 1: REINFORCE."""
     params, _ = student_and_teacher()
     batch = batch_of()
-    logp = jax.jit(functools.partial(objectives._response_logprob, MODEL))(params, batch)
+    logp = jax.jit(lambda p, b: objectives._response_logprob(MODEL, p, b, 1.0))(params, batch)
     batch["logprobs"] = np.asarray(logp)
     loss_fn = functools.partial(objectives.policy_gradient, PolicyGradient(), MODEL)
     gradient = jax.jit(jax.grad(lambda p, b: loss_fn(p, None, b)[0]))(params, batch)
 
     def score(p, b):
-        own = objectives._response_logprob(MODEL, p, b)
+        own = objectives._response_logprob(MODEL, p, b, 1.0)
         return -jnp.sum(own * b["mask"] * b["advantage"][:, None]) / jnp.sum(b["mask"])
 
     assert_trees_close(gradient, jax.jit(jax.grad(score))(params, batch), 1e-5)
@@ -376,9 +381,21 @@ def test_a_budget_ends_training_once_it_is_spent():
 
 
 def test_questions_without_a_contrast_can_be_left_out():
+    """By the policy gradient alone: self-distillation learns from them."""
     _, own = source(advantage=AdvantageConfig(baseline="group", drop_uniform=True))
-    batches, _ = own.next(None)
-    assert batches["rollouts"]["mask"].any(axis=1).tolist() == [True, True, False, False]
+    batch = own.next(None)[0]["rollouts"]
+    assert objectives.token_mask(PolicyGradient(), batch).any(axis=1).tolist() == [True, True, False, False]
+    assert objectives.token_mask(SelfDistillation(), batch).any(axis=1).all()
+
+
+def test_a_batch_without_a_verdict_leaves_the_baseline_alone():
+    fake, own = source(advantage=AdvantageConfig(baseline="batch"))
+    own.next(None)
+    graded, before = fake.next, own.get_state()["mean"]
+    fake.next = lambda params: [dataclasses.replace(rollout, verdict=Verdict.of("error")) for rollout in graded(params)]
+    batches, figures = own.next(None)
+    assert own.get_state()["mean"] == before == 0.25 and "reward" not in figures and figures["no_verdict"] == 4
+    assert not batches["rollouts"]["advantage"].any()
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
@@ -442,9 +459,10 @@ def test_the_teacher_of_sdft_reads_the_demonstration_and_no_first_copy():
     batch, counts = distill_batch(rows, domain().phrase_ids, [EOS], LAYOUT, context=context)
     assert batch["rev_tokens"][0, :8].tolist() == [1, 5, 5, 6, *Z, 7, 8, EOS]
     assert batch["rev_index"][0, :3].tolist() == [4, 5, 6]
-    assert batch["rev_tokens"][1, :4].tolist() == [1, 5, 9, EOS]
     assert batch["gen_tokens"][0, :5].tolist() == [1, 5, 7, 8, EOS]
-    assert counts == {"overlong": 0, "no_verdict": 0, "masked": 0}
+    # Without a demonstration the teacher would read what the student reads, and teach nothing.
+    assert batch["mask"].sum(axis=1).tolist() == [3, 0]
+    assert counts == {"overlong": 0, "no_verdict": 0, "no_context": 1, "masked": 0}
 
 
 def test_the_opposite_rows_carry_the_other_phrase():
@@ -457,10 +475,10 @@ def test_rft_trains_on_distinct_right_finished_responses_only():
     cut = dataclasses.replace(answer("a", [7, 8], 1.0), finish_reason="length")
     samples = [answer("a", [7, EOS], 1.0), answer("a", [7, EOS], 1.0), answer("a", [8, EOS], 0.0), cut]
     samples += [answer("b", [9, EOS], None), answer("b", [7, EOS], 1.0, prompt=(1, 6))]
-    sequences = right_sequences(samples, max_length=8)
-    assert [s.tokens for s in sequences] == [(1, 5, 7, EOS), (1, 6, 7, EOS)]
+    sequences, overlong = right_sequences(samples, max_length=8)
+    assert overlong == 0 and [s.tokens for s in sequences] == [(1, 5, 7, EOS), (1, 6, 7, EOS)]
     assert sequences[0].weights == (0.0, 0.0, 1.0, 1.0)
-    assert right_sequences(samples, max_length=3) == []
+    assert right_sequences(samples, max_length=3) == ([], 2)
 
 
 def trace(init, init_reward, revised, revised_reward=1.0):

@@ -42,6 +42,9 @@ def test_the_paper_and_the_authors_code_as_they_are_written():
     assert code.srt.data.mode == "two_stage" and code.distill.layout.keep_first_eos
     adam = code.distill.optimizer
     assert (adam.beta1, adam.beta2, adam.weight_decay, adam.clip_norm) == (0.9, 0.999, 0.01, 1.0)
+    sdft = override(demo, ["preset=sdft"]).train
+    assert (sdft.method, sdft.objective.divergence) == ("sdft", "forward_kl")
+    assert (sdft.teacher.schedule, sdft.teacher.ema_rate) == ("ema", 0.01)
     two_stage = override(demo, ["preset=authors_two_stage"])
     assert two_stage.distill == demo.distill and two_stage.srt == code.srt
 

@@ -7,12 +7,18 @@ import pathlib
 import pytest
 from model_folders import model_folders
 
+from sdzero_jax import pipeline
+from sdzero_jax.config import load_config, override
 from sdzero_jax.data import QuestionsConfig, code_rows, load_questions, prepare_set
 from sdzero_jax.data.questions import FieldMapping
 from sdzero_jax.errors import UserError
-from sdzero_jax.examples import Question
+from sdzero_jax.examples import Question, Rollout, Verdict
 from sdzero_jax.graders import Graders, GradersConfig, grade_countdown
-from sdzero_jax.problems import ProblemsConfig, RealProblems, demonstration, open_tokenizer
+from sdzero_jax.methods import NothingLeft, find_method
+from sdzero_jax.problems import ProblemsConfig, RealProblems, TaskProblems, demonstration, open_tokenizer
+from sdzero_jax.runs import Run
+from sdzero_jax.tasks import TaskConfig, make_task
+from sdzero_jax.training import on_policy_source
 from sdzero_jax.verifiers import PoolSettings
 from sdzero_jax.verifiers.sandbox import get_sandbox
 
@@ -78,6 +84,82 @@ def test_overlap_with_evaluation_is_refused_unless_the_setting_says_otherwise(tm
     with pytest.raises(UserError, match="overlap with evaluation: 2 with"):
         open_problems(files, validation=validation).questions("train", 1)
     assert len(open_problems(files, validation=validation, overlap=overlap).questions("train", kept)) == kept
+
+
+def run_on(problems, *changes):
+    real = "problems.train=x.jsonl" if isinstance(problems, RealProblems) else "seed=0"
+    run = Run(override(load_config("configs/demo.py"), [real, "collect.questions=8", *changes]))
+    run.__dict__["problems"] = problems  # instead of what the settings say
+    return run
+
+
+def test_real_questions_that_were_collected_are_not_distilled_where_there_are_others(files):
+    problems = open_problems(files, validation="", validation_share=0.2)
+
+    def taken(count, *changes):
+        run = run_on(problems, f"distill.questions={count}", f"train.questions={count}", *changes)
+        return run.training_questions
+
+    first = ids(problems.questions("train", 20))
+    assert (ids(taken(12)("distill")[0]), taken(12)("distill")[1]) == (first[8:20], 0)
+    few, shared = taken(18)("distill")  # 8 + 18 are more than there are
+    assert (ids(few), shared) == (ids(problems.questions("train", 18)), 8)
+    assert ids(taken(12, "distill.collected=reuse")("distill")[0]) == first[:12]
+    with pytest.raises(UserError, match="26 train questions are asked for"):
+        taken(18, "distill.collected=skip")("distill")
+    assert ids(taken(12)("train")[0]) == first[:12]  # from the base: nothing was collected
+    assert ids(taken(12, "train.start=srt")("train")[0]) == first[8:20]
+
+
+def test_an_embedded_task_collects_and_distils_on_the_same_questions_unless_told(files):
+    run = run_on(TaskProblems(make_task(TaskConfig())), "distill.questions=12")
+    assert run.training_questions("distill") == (run.problems.questions("train", 12), 8)
+    skipping = run_on(run.problems, "distill.questions=12", "distill.collected=skip")
+    assert skipping.training_questions("distill") == (run.problems.questions("train", 20)[8:], 0)
+
+
+def test_sdft_is_refused_where_no_question_has_what_its_teacher_reads(files):
+    bare = [{name: row[name] for name in ("id", "problem", "answer")} for row in ROWS[:30]]
+    problems = open_problems((write(pathlib.Path(files[0]).with_name("bare.jsonl"), bare), files[1]))
+    run = run_on(problems, "train.method=sdft", "train.samples=1", "train.questions=4")
+    questions, _ = run.training_questions("train")
+    method = find_method("sdft")
+    with pytest.raises(NothingLeft, match="none of 4 training questions has the demonstration"):
+        on_policy_source(run, "train", run.config.train, method, questions, 1)
+
+
+def test_replayed_sequences_may_be_as_long_as_the_teachers():
+    run = run_on(TaskProblems(make_task(TaskConfig())), "train.method=sdzero_replay", "train.replay.max_length=0")
+    questions, _ = run.training_questions("train")
+    source = on_policy_source(run, "train", run.config.train, find_method("sdzero_replay"), questions, 1)
+    longest = [answered(questions[0], [5] * 29 + [run.domain.tokenizer.end_id], reward) for reward in (0.0, 1.0)]
+    source._memory.remember(longest)
+    batch = source._memory.batch(0)
+    assert batch["tokens"].shape[1] == run.config.train.layout.rev_length(1) and batch["weights"].any()
+
+
+def answered(question, ids, reward):
+    verdict = Verdict.of("correct" if reward else "wrong")
+    return Rollout(question, (1, 5), tuple(ids), (0.0,) * len(ids), "stop", verdict)
+
+
+def test_localisation_looks_at_wrong_answers_whatever_is_distilled(monkeypatch, tmp_path):
+    asked = {}
+
+    def scored(*args, divergence, **_):
+        asked.update(layout=args[5], divergence=divergence)
+        return []
+
+    monkeypatch.setattr(pipeline, "sample_responses", lambda *_, **__: [])
+    monkeypatch.setattr(pipeline, "localisation_records", scored)
+    monkeypatch.setattr(pipeline, "top_alternatives", lambda *_, **__: [])
+    monkeypatch.setattr(Run, "params", lambda *_: ({}, {}))
+    run = run_on(
+        TaskProblems(make_task(TaskConfig())),
+        "distill.layout.sample_mask=correct", "distill.objective.divergence=sampled_token",
+    )  # fmt: skip
+    pipeline.localise(run, tmp_path)
+    assert asked["layout"].sample_mask == "all" and asked["divergence"] == "reverse_kl"
 
 
 def test_bad_settings_are_refused(files, tmp_path):

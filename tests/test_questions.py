@@ -12,6 +12,7 @@ from sdzero_jax.data import FieldMapping, read_questions, with_instruction
 from sdzero_jax.data.code_rows import codeforces, live_code_bench, stdio_tests, unpickled
 from sdzero_jax.data.questions import BadRow, gold_answers, last_boxed, read_rows
 from sdzero_jax.errors import UserError
+from sdzero_jax.problems import demonstration
 from sdzero_jax.verifiers.code_tests import parse_tests
 from tests.rows import write
 
@@ -28,6 +29,19 @@ def test_every_form_of_file_gives_the_same_questions(tmp_path, name):
     assert [q.prompt for q in questions] == ["1+1?", "2+2?"]
     assert questions[0].gold == ("2",) and questions[0].kind == "math" and questions[0].metadata == {"level": 3}
     assert questions[1].gold == (("4.0",) if name == "q.parquet" else ("4",))
+
+
+def test_solutions_and_demonstrations_are_kept_whole(tmp_path):
+    """SFT and SDFT read them; other long fields are no metadata."""
+    program = "\n".join(f"x{number} = {number}" for number in range(100))
+    tests = {"inputs": ["1\n"], "outputs": ["2\n"]}
+    row = {"problem": "Add one.", "tests": tests, "solution": program, "notes": program}
+    (question,) = read_questions(write(tmp_path / "q.jsonl", [row]), FieldMapping(kind="code"))
+    assert question.metadata["solution"] == program and "notes" not in question.metadata
+    assert program in demonstration(question)
+    row = {"problem": "1+1?", "answer": "2", "demonstration": program}
+    (question,) = read_questions(write(tmp_path / "m.jsonl", [row]))
+    assert demonstration(question) == program
 
 
 def test_a_mapping_names_the_fields(tmp_path):

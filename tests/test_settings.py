@@ -148,7 +148,14 @@ def test_parts_of_a_batch_that_leave_devices_without_a_row_are_refused(demo, sec
     [
         (["train.method=grpo", "train.samples=1"], r"train.samples=1 makes every advantage .*advantage.baseline=batch"),
         (["train.method=reinforce", "train.samples=1", "train.advantage.baseline=group"], "every advantage"),
-        (["train.method=sdzero", "train.samples=1", "train.advantage.drop_uniform=true"], "leaves out every question"),
+        (
+            ["train.method=reinforce", "train.samples=1", "train.advantage.drop_uniform=true"],
+            "leaves out every question",
+        ),
+        (["train.method=sdzero", "train.advantage.drop_uniform=true"], "changes nothing with train.method=sdzero"),
+        (["train.method=grpo", "train.sampling.temperature=0"], "wanted more than 0"),
+        (["train.method=grpo", "train.sampling.top_p=0.9"], "set train.sampling.top_p=1$"),
+        (["distill.method=sdzero_hybrid", "distill.sampling.top_k=5"], "set distill.sampling.top_k=0$"),
         (["train.method=grpo", "train.policy.kl_weight=0.1", "train.teacher.schedule=live"], "which is 0"),
         (
             ["train.method=grpo", "train.policy.kl_weight=0.1", "train.teacher.schedule=sync_every",

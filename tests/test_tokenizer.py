@@ -238,7 +238,7 @@ def test_student_and_teacher_predict_identical_ids(tokenizers, family, keep_firs
     batch, counts = distill_batch(
         rollouts, lambda reward: tokenizer.encode(phrases.text(reward)), tokenizer.stop_ids, layout
     )
-    assert counts == {"overlong": 0, "no_verdict": 0, "masked": 0}
+    assert not any(counts.values())
     ended = 0
     for row, rollout in enumerate(rollouts):
         response = list(rollout.response_ids)

@@ -24,6 +24,7 @@ ANSWER_FIELDS = ("answer", "final_answer", "gold", "solution")
 ID_FIELDS = ("id", "unique_id", "question_id", "task_id", "uuid", "problem_idx")
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _LONGEST_FIELD = 200  # characters of a field that is kept as metadata
+_WHOLE_FIELDS = ("solution", "demonstration")  # kept at any length: SFT and SDFT read them
 
 
 class BadRow(ValueError):
@@ -124,6 +125,7 @@ def question_of(row: Row, mapping: FieldMapping, name: str, number: int) -> Ques
         raise BadRow(f"no id field {mapping.id!r}")
     question_id = f"{name}-{number - 1:06d}" if row_id is None else f"{name}-{row_id}"
     metadata = plain_fields(row, leave_out={prompt_field})
+    metadata |= {name: row[name] for name in _WHOLE_FIELDS if isinstance(row.get(name), str) and name != prompt_field}
     if mapping.kind == "code":
         from sdzero_jax.data.code_rows import stdio_tests
 
