@@ -9,6 +9,7 @@ Hardware:  2 CPU cores, 4 GB of memory; the hub for the tokenizer, or problems.t
 Expected:  about 5 minutes; the figures mean nothing but that everything works together
 """
 
+from configs.sdzero_qwen3_4b_math import train_as
 from sdzero_jax.batches import DistillLayout
 from sdzero_jax.checkpoint import CheckpointConfig
 from sdzero_jax.collect import CollectConfig
@@ -28,6 +29,17 @@ PROMPT, RESPONSE = 80, 96  # tokens
 
 def get_config() -> Config:
     sampling = SamplingConfig(temperature=1.0, max_new_tokens=RESPONSE)
+    distill = DistillConfig(
+        questions=4,
+        passes=2,
+        batch_size=2,
+        validate_every=2,
+        validation_questions=4,
+        sampling=sampling,
+        layout=DistillLayout(max_prompt=PROMPT, max_response=RESPONSE),
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+        checkpoint=CheckpointConfig(every=2),
+    )
     return Config(
         name="gsm8k_tiny",
         run_dir="runs/gsm8k_tiny",
@@ -69,17 +81,8 @@ def get_config() -> Config:
             data=SrtData(max_length=PROMPT + 2 * RESPONSE + 16),
             optimizer=OptimizerConfig(learning_rate=1e-3),
         ),
-        distill=DistillConfig(
-            questions=4,
-            passes=2,
-            batch_size=2,
-            validate_every=2,
-            validation_questions=4,
-            sampling=sampling,
-            layout=DistillLayout(max_prompt=PROMPT, max_response=RESPONSE),
-            optimizer=OptimizerConfig(learning_rate=1e-4),
-            checkpoint=CheckpointConfig(every=2),
-        ),
+        distill=distill,
+        train=train_as(distill),
         evaluate=EvaluateConfig(questions=4, k=2, chunk=4, sampling=sampling),
         localisation=LocalisationConfig(questions=4, examples=4),
         health=HealthConfig(keep_rate_stop=0.0, questions=4),

@@ -12,6 +12,7 @@ Expected:  about 5 minutes; the figures mean nothing but that everything works t
 import dataclasses
 
 from configs import gsm8k_tiny
+from configs.sdzero_qwen3_4b_math import train_as
 from sdzero_jax.config import Config
 
 PROMPT, RESPONSE = 96, 64  # tokens; MBPP's shortest questions and solutions
@@ -22,6 +23,7 @@ def get_config() -> Config:
     replace = dataclasses.replace
     sampling = replace(config.collect.sampling, max_new_tokens=RESPONSE)
     layout = replace(config.distill.layout, max_prompt=PROMPT, max_response=RESPONSE)
+    distill = replace(config.distill, sampling=sampling, layout=layout)
     return replace(
         config,
         name="mbpp_tiny",
@@ -41,6 +43,7 @@ def get_config() -> Config:
             # Who recites programs makes mistakes in a second copy: none of its revisions may pass the tests.
             data=replace(config.srt.data, max_length=PROMPT + 2 * RESPONSE + 16, only_right=False),
         ),
-        distill=replace(config.distill, sampling=sampling, layout=layout),
+        distill=distill,
+        train=train_as(distill),
         evaluate=replace(config.evaluate, sampling=sampling),
     )

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from sdzero_jax.batches import strip_end
 from sdzero_jax.chunks import ChunkLog, fill
+from sdzero_jax.errors import HealthStop
 from sdzero_jax.examples import Question, RevisionTrace, Rollout, kept
 from sdzero_jax.rollouts import (
     Domain,
@@ -86,6 +87,12 @@ def _collect_chunk(config: CollectConfig, domain: Domain, sampler, params, quest
         for attempt, own in zip(attempts, revisions)
         for revision in own
     ]
+    if all(attempt.verdict.reward is None for attempt in attempts):
+        verdict = attempts[0].verdict
+        raise HealthStop(
+            f"collect: none of {len(attempts)} responses has a verdict ({verdict.outcome}: {verdict.detail}); look at "
+            "the questions' answers or tests, and at problems.graders"
+        )
     counts = {
         "questions": len(questions),
         "attempts": len(attempts),

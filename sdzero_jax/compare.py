@@ -99,6 +99,8 @@ def load_comparison(path: str, overrides: Sequence[str]) -> Comparison:
 
 
 def _only(comparison: Comparison, names: Sequence[str]) -> Comparison:
+    if not names:
+        raise UserError(f"only=[] leaves nothing to compare; wanted some of {', '.join(comparison.entries)}")
     for name in names:
         if name not in comparison.entries:
             raise UserError(f"only={list(names)}: no entry {name!r}{nearest(name, comparison.entries)}")

@@ -29,7 +29,7 @@ from sdzero_jax.models import (
     resolve,
     save_pretrained,
 )
-from sdzero_jax.models.hub import SIDE_FILES
+from sdzero_jax.models.convert import side_files
 
 FORMS = ("hf", "orbax")
 SIDE_FOLDER = "hf_files"  # tokenizer and generation files inside an Orbax checkpoint
@@ -79,6 +79,8 @@ def convert(
         raise UserError(f"{target} is the source itself; give another folder")
     (check_replaceable if to == "hf" else _check_replaceable_orbax)(place)
     sides = None if tokenizer is None else resolve(tokenizer, weights=False).folder
+    if sides:
+        side_files(sides)  # refuses one without a tokenizer
     if checkpoint is None:
         found = resolve(source)
         model, params = load_pretrained(found.folder, dtype=cast)
@@ -207,10 +209,9 @@ def _save_orbax(
     try:
         save_params(temporary, params, record)
         (temporary / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        for name in SIDE_FILES if sides else ():
-            if (sides / name).is_file():
-                (temporary / SIDE_FOLDER).mkdir(exist_ok=True)
-                shutil.copyfile(sides / name, temporary / SIDE_FOLDER / name)
+        for file in side_files(sides) if sides else ():
+            (temporary / SIDE_FOLDER).mkdir(exist_ok=True)
+            shutil.copyfile(file, temporary / SIDE_FOLDER / file.name)
         if place.exists():
             place.rename(old)
         temporary.rename(place)

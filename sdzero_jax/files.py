@@ -69,6 +69,8 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder; wanted a file") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 

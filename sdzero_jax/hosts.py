@@ -48,6 +48,12 @@ def initialize(config: HostsConfig) -> None:
             f"hosts.coordinator={config.coordinator!r}, hosts.count={config.count}, hosts.index={config.index}: "
             "set all three, or none where jax finds them by itself"
         )
+    host, _, port = config.coordinator.rpartition(":")
+    if config.coordinator and not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(
+            f"hosts.coordinator={config.coordinator!r}; wanted ADDRESS:PORT of the first process, such as "
+            f"{config.coordinator.partition(':')[0] or 'localhost'}:8476"
+        )
     if all(given) and config.index >= config.count:
         raise UserError(f"hosts.index={config.index} of hosts.count={config.count}; wanted 0 to {config.count - 1}")
     found = [name for name, variable in _CLUSTERS.items() if int(os.environ.get(variable) or 1) > 1]

@@ -80,7 +80,11 @@ def srt_sequences(
     held = set(order[: round(data.held_out * len(fitting))].tolist())
     training = [trace for i, trace in enumerate(fitting) if i not in held]
     if not training:
-        mend = "raise srt.data.max_length" if usable else "no revision was right: raise collect.questions or revisions"
+        mend = "no revision was right: raise collect.questions or revisions"
+        if not traces:
+            mend = "no first attempt that collect.revise takes had a verdict"
+        if usable:
+            mend = "raise srt.data.max_length"
         raise NothingLeft(
             f"no revision trace to train on ({len(traces)} collected, {len(usable)} usable, {len(fitting)} within "
             f"{data.max_length} tokens); {mend}"

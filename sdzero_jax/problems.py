@@ -109,10 +109,10 @@ class TaskProblems:
         return self._task.demonstration(question)
 
     def answer(self, question: Question) -> str:
-        return "#" + self._task.demonstration(question).rpartition("#")[2]
+        return self._task.answer(question)
 
     def stated(self, question: Question, response: str) -> str | None:
-        return response.rpartition("#")[2].partition("<")[0].strip() or None  # up to an end token or phrase
+        return self._task.stated(response)
 
     def close(self) -> None:
         pass
@@ -140,17 +140,28 @@ class RealProblems:
 
         Prompts are measured as far as needed: a large set is not tokenised to ask a hundred questions.
         """
-        fitting, rest = self._taken[split]
+        fitting, rest, total = self._taken[split]
         while len(fitting) < count and rest:
             question = rest.pop()
             if len(self.tokenizer.encode_prompt(question.prompt)) <= self.max_prompt_tokens:
                 fitting.append(question)
         if len(fitting) < count:
-            raise UserError(
-                f"{count} {split} questions are asked for, but {self._sources[split]} has {len(fitting)} "
-                f"within problems.max_prompt_tokens={self.max_prompt_tokens}; ask for at most {len(fitting)}"
-            )
+            raise UserError(self._too_few(split, count, len(fitting), total))
         return fitting[:count]
+
+    def _too_few(self, split: str, count: int, fitting: int, total: int) -> str:
+        """What is said when `count` questions are asked for: how many there are, and the settings that give more."""
+        has, remedies = f"{total}", []
+        if fitting < total:
+            has = f"{fitting} of {total} within problems.max_prompt_tokens={self.max_prompt_tokens}"
+            remedies.append("raise problems.max_prompt_tokens")
+        if split == "validation" and not self._config.validation:
+            remedies.append("raise problems.validation_share")
+        remedies.append(f"set problems.{split} to a larger set")
+        if fitting:
+            remedies.append(f"ask for at most {fitting}")
+        asked = f"{count} {split} questions are asked for, but {self._sources[split]} has {has}"
+        return f"{asked}; {', or '.join(remedies)}"
 
     def first_error(self, rollout: Rollout) -> None:
         return None
@@ -180,8 +191,8 @@ class RealProblems:
         return {"train": config.train, "validation": config.validation or share, "test": config.test}
 
     @functools.cached_property
-    def _taken(self) -> dict[str, tuple[list[Question], list[Question]]]:
-        """Split -> (questions found to fit, those not yet looked at, the next one last)."""
+    def _taken(self) -> dict[str, tuple[list[Question], list[Question], int]]:
+        """Split -> (questions found to fit, those not yet looked at, the next one last, how many there are)."""
         config = self._config
         splits = {"train": self._load(config.train), "test": self._load(config.test)}
         if config.validation:
@@ -194,7 +205,7 @@ class RealProblems:
         for split, questions in splits.items():
             self._graders.check(questions)
             order = np.random.default_rng(config.seed).permutation(len(questions))
-            taken[split] = ([], [questions[i] for i in order])
+            taken[split] = ([], [questions[i] for i in order], len(questions))
         return taken
 
     def _load(self, source: str) -> list[Question]:

@@ -23,7 +23,7 @@ from sdzero_jax.examples import Question
 from sdzero_jax.files import check_writable, read_json, write_json_atomic
 from sdzero_jax.locks import exclusive
 from sdzero_jax.methods import find_method
-from sdzero_jax.models import RUNTIME_FIELDS, LanguageModel, load_pretrained
+from sdzero_jax.models import RUNTIME_FIELDS, LanguageModel, load_pretrained, read_model
 from sdzero_jax.problems import Problems, ProblemsConfig, RealProblems, TaskProblems, open_tokenizer
 from sdzero_jax.progress import say
 from sdzero_jax.prompts import control_phrases
@@ -266,13 +266,20 @@ class Run:
 
     def pretrained(self):
         """Parameters of `base.pretrained`, placed on the mesh; UserError when it is another model."""
+        self.check_pretrained()
+        return load_pretrained(self.config.base.pretrained, mesh=self.mesh, dtype=self.config.model.param_dtype)[1]
+
+    def check_pretrained(self) -> None:
+        """UserError when `base.pretrained` is another model than the config's; reads its config.json alone."""
         path, config = self.config.base.pretrained, self.config.model
-        model, params = load_pretrained(path, mesh=self.mesh, dtype=config.param_dtype)
-        same = {name: getattr(config, name) for name in (*RUNTIME_FIELDS, "max_position")}
-        changed = settings.differences(dataclasses.replace(model.config, **same), config)
+        model = read_model(path).config
+        free = [*RUNTIME_FIELDS, "max_position", "initializer_range"]
+        if "sliding" not in (*model.layer_pattern, *config.layer_pattern):
+            free += ["sliding_window", "rope_theta_sliding"]
+        same = {name: getattr(config, name) for name in free}
+        changed = settings.differences(dataclasses.replace(model, **same), config)
         if changed:
-            raise UserError(f"{path} is another model than the config's (file -> config): {'; '.join(changed[:5])}")
-        return params
+            raise UserError(f"{path} is another model than the config's (file -> config): {'; '.join(changed)}")
 
     def need(self, stage: str) -> dict[str, Any]:
         result = self.result(stage)
@@ -307,6 +314,8 @@ def open_run(config: Config, stage: str | None = None, fork: bool = False) -> Ru
     if recorded is not None:
         changed = settings.differences(recorded, dataclasses.asdict(config), ignore=PLACES)
         if changed and not fork:
+            if not hosts.from_first(lambda: any((directory / own).exists() for own in BEFORE)):
+                return run  # it ended before its first stage began: there is nothing to lose
             shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
             raise UserError(
                 f"{directory} holds a run with other settings ({shown}); add --fork to go on in a new "
@@ -325,6 +334,8 @@ def check_fit(run: Run, stage: str | None = None) -> None:
     And a folder for base models that cannot be written.
     """
     config, model, problems = run.config, run.model, run.problems
+    if config.base.pretrained:
+        run.check_pretrained()
     if not stores.is_url(config.base.cache_dir):
         hosts.from_first(lambda: check_writable(config.base.cache_dir, "set another base.cache_dir="))
     for name in ("collect", "distill", "train", "evaluate"):

@@ -4,25 +4,35 @@
 its own work.
 """
 
+import os
 import signal
 import time
 
 from sdzero_jax import hosts
+from sdzero_jax.errors import Stopped
 
 _received: list[int] = []
 _KEY = "sdzero_jax/stop"
 _SECONDS = 1.0  # between two looks at the coordinator's table
 _looked = 0.0
 _told = False  # the others, of this host's signal
+_asked = False  # somebody looks at the flag: there is work to save
 
 
 def install() -> None:
-    """Turns the first SIGINT or SIGTERM into `requested()`; a second SIGINT interrupts at once."""
+    """Turns the first SIGINT or SIGTERM into `requested()`; a second SIGINT interrupts at once.
+
+    Until somebody asks there is nothing to save, and the first one stops this process at once, if it is the only one.
+    """
 
     def handle(signum, frame):
         if _received and signum == signal.SIGINT:
             raise KeyboardInterrupt
         _received.append(signum)
+        if not _asked and hosts.count() == 1:
+            raise Stopped(signum, "before anything was begun")
+        if len(_received) == 1:  # not print, which may be interrupted in its own middle
+            os.write(2, b"\nstopping as soon as all is saved; Ctrl-C ends at once\n")
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
@@ -30,6 +40,8 @@ def install() -> None:
 
 def requested() -> int | None:
     """The signal that asked any host to stop, or None. With several hosts: to be called by all of them."""
+    global _asked
+    _asked = True
     return next((first for first in hosts.gather(_received[0] if _received else None) if first), None)
 
 
@@ -38,7 +50,8 @@ def pending() -> int | None:
 
     Hosts hear of it at different times: what they do then must end where all of them meet.
     """
-    global _looked, _told
+    global _asked, _looked, _told
+    _asked = True
     own = _received[0] if _received else None
     tell = own is not None and not _told
     if hosts.count() == 1 or not (tell or time.monotonic() - _looked >= _SECONDS):

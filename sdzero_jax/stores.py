@@ -44,7 +44,7 @@ def local(place: str | os.PathLike) -> pathlib.Path:
     is unknown or its package is missing, Fault when the store does not answer.
     """
     if not is_url(place):
-        return pathlib.Path(place)
+        return pathlib.Path(place).expanduser()
     url = str(place).rstrip("/")
     scheme, _, path = url.partition("://")
     if scheme not in SCHEMES or not path:

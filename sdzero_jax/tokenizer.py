@@ -63,8 +63,8 @@ class HFTokenizer:
 
     def __init__(self, folder: str | Path, *, system: str | None = None, enable_thinking: bool = False):
         self._folder, self._system, self._enable_thinking = Path(folder), system, enable_thinking
-        config = read_json(self._folder / "tokenizer_config.json")
-        generation = read_json(self._folder / "generation_config.json")
+        config = _read_object(self._folder / "tokenizer_config.json")
+        generation = _read_object(self._folder / "generation_config.json")
         self._template = _chat_template(self._folder, config)
         self._backend, self._renderer = _open(self._folder, config, self._template)
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
@@ -134,8 +134,8 @@ class HFTokenizer:
         return vocabulary[token]
 
     def _stop_ids(self, generation: Mapping[str, Any]) -> tuple[int, ...]:
-        stops = generation.get("eos_token_id")
-        stops = (stops,) if isinstance(stops, int) else tuple(stops or ())
+        stops = generation.get("eos_token_id", [])
+        stops = tuple(stops) if isinstance(stops, list) else (stops,)
         if not all(isinstance(stop, int) and 0 <= stop < self.vocab_size for stop in stops):
             raise UserError(
                 f"{self._folder}/generation_config.json: eos_token_id is {list(stops)}; "
@@ -147,6 +147,13 @@ class HFTokenizer:
                 f"eos_token_id {list(stops)} of generation_config.json"
             )
         return stops
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise UserError(f"{file} holds a JSON {type(value).__name__}; wanted an object with named fields")
+    return value
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str:

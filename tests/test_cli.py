@@ -216,7 +216,7 @@ def test_help_lists_the_settings(capsys):
 
 
 def test_a_run_directory_of_another_config_is_refused_with_the_difference(capsys, tmp_path):
-    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "collect").mkdir(parents=True)
     from sdzero_jax import settings
     from sdzero_jax.config import load_config
 
@@ -229,6 +229,10 @@ def test_a_run_directory_of_another_config_is_refused_with_the_difference(capsys
     assert run.main([]) == 2
     err = capsys.readouterr().err
     assert "seed: 5 -> 0" in err and "--fork" in err
+    (tmp_path / "runs" / "demo" / "collect").rmdir()  # no stage has begun: a setting was mended
+    from sdzero_jax.runs import open_run
+
+    assert open_run(load_config("configs/demo.py")).directory == pathlib.Path("runs/demo")
 
 
 def test_another_process_in_the_run_directory_is_refused(capsys, tmp_path):

@@ -3,8 +3,10 @@
 import pytest
 
 from sdzero_jax import collect
-from sdzero_jax.collect import collection_summary, sample
+from sdzero_jax.collect import CollectConfig, collection_summary, sample
+from sdzero_jax.errors import HealthStop
 from sdzero_jax.examples import Question, RevisionTrace, Rollout, Verdict
+from sdzero_jax.methods import SRT_STAGES, NothingLeft, SrtData, srt_sequences
 from sdzero_jax.rollouts import SamplingConfig
 
 
@@ -51,3 +53,16 @@ def test_samples_without_a_verdict_are_left_out_of_the_accuracy_shown(outcomes, 
         tmp_path / "samples.jsonl", SamplingConfig(), None, None, None, questions, n=1, chunk=len(questions), seed=0
     )
     assert shown == [{"accuracy": accuracy}] and len(rollouts) == len(outcomes)
+
+
+def test_a_chunk_without_any_verdict_stops_the_collection_with_its_reason(monkeypatch):
+    """Else every question would be sampled before anybody hears that none can be graded."""
+    bad = Rollout(Question("q", "", (), "code"), (1,), (2,), (), "stop", Verdict.of("gold_unparseable", "no tests"))
+    monkeypatch.setattr(collect, "sample_and_revise", lambda *_, **__: ([bad, bad], [[], []]))
+    with pytest.raises(HealthStop, match=r"none of 2 responses has a verdict \(gold_unparseable: no tests\)"):
+        collect._collect_chunk(CollectConfig(), None, None, None, [bad.question], "collect/0", 0)
+
+
+def test_without_a_trace_the_advice_is_not_to_collect_more():
+    with pytest.raises(NothingLeft, match=r"no first attempt that collect\.revise takes had a verdict"):
+        srt_sequences([], SRT_STAGES["joint"][0], SrtData(), 0)

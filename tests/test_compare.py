@@ -58,6 +58,11 @@ def test_what_cannot_run_is_refused_before_anything_is_written(change, message, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_selection_of_nothing_is_refused():
+    with pytest.raises(UserError, match=r"only=\[\] leaves nothing to compare; wanted some of"):
+        comparison("only=[]")
+
+
 def test_files_that_are_no_comparison(tmp_path):
     with pytest.raises(UserError, match=r"no config file .*did you mean 'configs/compare_paper.py'"):
         compare.load_comparison("configs/compare_papr.py", [])

@@ -411,6 +411,19 @@ def test_an_export_carries_tokenizer_and_record(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_an_export_can_be_read_by_whom_the_umask_lets(tmp_path, monkeypatch):
+    model = tiny()
+    monkeypatch.setattr(convert, "_FILE_BYTES", 2000)  # several files
+    before = os.umask(0o027)
+    try:
+        save_pretrained(tmp_path / "out", model, weights(model))
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {0o640}, modes
+    assert sum(name.endswith(".safetensors") for name in modes) > 1
+
+
 def test_config_names_the_type_the_weights_are_stored_in(tmp_path):
     """transformers 5 reads weights in the type that config.json names: a wrong one would round them."""
     model, params = twins.twin("olmo3")

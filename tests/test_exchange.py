@@ -184,6 +184,18 @@ def test_arguments_that_cannot_work(tmp_path, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_tokenizer_folder_without_one_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    golden, orbax, bare = DATA / "goldens" / "olmo3", tmp_path / "orbax", tmp_path / "bare"
+    convert(str(golden), str(orbax))
+    bare.mkdir()
+    (bare / "generation_config.json").write_text("{}")
+    for reader in ("load_pretrained", "_load_orbax"):
+        monkeypatch.setattr(exchange, reader, lambda *_, **__: pytest.fail("weights were read"))
+    for source, to in ((golden, "orbax"), (golden, "hf"), (orbax, "orbax"), (orbax, "hf")):
+        refused("bare has no tokenizer files", source, tmp_path / "out", to=to, tokenizer=str(bare))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "orbax"]
+
+
 def test_a_damaged_checkpoint_is_one_line(tmp_path):
     orbax = tmp_path / "orbax"
     convert(str(DATA / "goldens" / "qwen3_tied"), str(orbax))

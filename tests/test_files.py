@@ -31,3 +31,8 @@ def test_a_full_disk_is_no_wrong_place(tmp_path, monkeypatch):
     monkeypatch.setattr(files.tempfile, "TemporaryFile", full)
     with pytest.raises(OSError, match="No space left"):
         files.check_writable(tmp_path / "x", "give another folder")
+
+
+def test_a_folder_in_the_place_of_json_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="a folder; wanted a file"):
+        files.read_json(tmp_path)

@@ -47,6 +47,11 @@ def test_one_process_is_all_of_them():
     [
         (HostsConfig(coordinator="localhost:1"), "set all three, or none"),
         (HostsConfig(count=2, index=1), "set all three, or none"),
+        (HostsConfig("localhost", 1, 0), "hosts.coordinator='localhost'; wanted ADDRESS:PORT .* as localhost:8476"),
+        (HostsConfig("host0:", 2, 0), "such as host0:8476"),
+        (HostsConfig("host0:http", 2, 0), "such as host0:8476"),
+        (HostsConfig("host0:65536", 2, 0), "such as host0:8476"),
+        (HostsConfig(":8476", 2, 0), "such as localhost:8476"),
         (HostsConfig("localhost:1", 2, 2), "hosts.index=2 of hosts.count=2; wanted 0 to 1"),
     ],
 )

@@ -21,6 +21,7 @@ from sdzero_jax.data import (
     prepare_set,
     with_instruction,
 )
+from sdzero_jax.data.questions import read_rows
 from sdzero_jax.errors import UserError
 from sdzero_jax.examples import Question
 from sdzero_jax.prompts import MATH_INSTRUCTION
@@ -144,15 +145,76 @@ def test_preparing_again_does_nothing_and_other_files_rewrite(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_missing_folders_sets_and_splits_are_one_line(tmp_path, prepared):
+def test_missing_folders_sets_and_splits_are_one_line(tmp_path, prepared, monkeypatch):
     with pytest.raises(UserError, match="no such folder"):
         prepare_set("gsm8k", data_dir=tmp_path, source_dir=tmp_path / "absent")
     with pytest.raises(UserError, match=r"no files of gsm8k; wanted .*gsm8k_train\.jsonl\*"):
         prepare_set("gsm8k", data_dir=tmp_path, source_dir=tmp_path)
-    with pytest.raises(UserError, match=r"run: python run\.py data prepare gsm8k"):
+    with pytest.raises(UserError, match=f"run: python run.py data prepare gsm8k --to {tmp_path}$"):
         open_split("gsm8k", "train", data_dir=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"run: python run\.py data prepare gsm8k$"):
+        open_split("gsm8k", "train")
     with pytest.raises(UserError, match="no split 'tests'; choose from train"):
         open_split("gsm8k", "tests", data_dir=prepared)
+
+
+def unlink(name):
+    return lambda folder: next(folder.rglob(name)).unlink()
+
+
+def cut(folder):
+    path = next(folder.rglob("*.array_record*"))
+    path.write_bytes(path.read_bytes()[: 1 << 16])
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        unlink("*.array_record*"),
+        cut,
+        unlink("dataset_info.json"),
+        lambda folder: (folder / "prepared.json").write_text("[1]"),
+        lambda folder: (folder / "prepared.json").write_text("{"),
+    ],
+    ids=["no records", "cut records", "no info", "a list", "no JSON"],
+)
+def test_an_incomplete_copy_says_how_to_prepare_it_again(tmp_path, harm):
+    write(tmp_path / "gsm8k_train.jsonl", [{"question": f"{n}?", "answer": "#### 1"} for n in range(3)])
+    record = prepare_set("gsm8k", data_dir=tmp_path / "data", source_dir=tmp_path)
+    harm(tmp_path / "data" / "gsm8k")
+    with pytest.raises(UserError, match=r"gsm8k is incomplete .*data prepare gsm8k --to .* --force$") as caught:
+        open_split("gsm8k", "train", data_dir=tmp_path / "data")
+    assert "\n" not in str(caught.value)
+    assert prepare_set("gsm8k", data_dir=tmp_path / "data", source_dir=tmp_path, force=True) == record
+    assert len(open_split("gsm8k", "train", data_dir=tmp_path / "data")) == 3
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rows = [{"question": f"{n}?", "answer": "1"} for n in range(3)]
+    write(tmp_path / "gsm8k_train.jsonl", rows)
+    assert prepare_set("gsm8k", data_dir="~/data", source_dir="~")["directory"] == str(tmp_path / "data" / "gsm8k")
+    for source in ("gsm8k:train", "~/gsm8k_train.jsonl"):
+        assert len(load_questions(QuestionsConfig(source, "~/data"))) == 3
+    assert len(list(read_rows("~/gsm8k_train.jsonl"))) == 3
+
+
+def test_rows_of_countdown_without_numbers_are_skipped(tmp_path):
+    good = {"input": "30,100,93", "output": "23"}
+    bad = [{**good, "input": "30,x"}, {**good, "output": "?"}, {"nums": [3, "x"], "target": 4}]
+    rows = [good, *bad, {"nums": [3, 4], "target": float("inf")}]
+    write(tmp_path / "countdown_test.jsonl", rows)
+    record = prepare_set("countdown", data_dir=tmp_path / "data", source_dir=tmp_path)
+    assert record["questions"] == {"test": 1} and sum(record["skipped"]["test"].values()) == 4
+    assert all("not a row of countdown" in reason for reason in record["skipped"]["test"])
+
+
+def test_a_cut_file_is_refused_with_its_path(tmp_path):
+    path = write(tmp_path / "gsm8k_train.jsonl.gz", [{"question": "1?", "answer": "1"}])
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=f"{path}: cannot be read"):
+        prepare_set("gsm8k", data_dir=tmp_path / "data", source_dir=tmp_path)
 
 
 # The hub (a stand-in: nothing here reaches a network)

@@ -1,5 +1,6 @@
 """Real questions in the stages: splits, overlap, grading by kind, and a whole run on them."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -8,7 +9,7 @@ import pytest
 from model_folders import model_folders
 
 from sdzero_jax import pipeline
-from sdzero_jax.config import load_config, override
+from sdzero_jax.config import load_config, override, validate
 from sdzero_jax.data import QuestionsConfig, code_rows, load_questions, prepare_set
 from sdzero_jax.data.questions import FieldMapping
 from sdzero_jax.errors import UserError
@@ -16,7 +17,7 @@ from sdzero_jax.examples import Question, Rollout, Verdict
 from sdzero_jax.graders import Graders, GradersConfig, grade_countdown
 from sdzero_jax.methods import NothingLeft, find_method
 from sdzero_jax.problems import ProblemsConfig, RealProblems, TaskProblems, demonstration, open_tokenizer
-from sdzero_jax.runs import Run
+from sdzero_jax.runs import Run, check_fit
 from sdzero_jax.tasks import TaskConfig, make_task
 from sdzero_jax.training import on_policy_source
 from sdzero_jax.verifiers import PoolSettings
@@ -74,6 +75,58 @@ def test_long_prompts_are_left_out_and_too_many_questions_refused_with_the_numbe
     with pytest.raises(UserError, match=r"ask for at most ([5-9]|10)$"):
         problems.questions("train", 30)
     assert all(int(question.gold[0]) < 20 for question in problems.questions("train", 5))
+
+
+def test_too_few_questions_name_the_settings_that_give_more(files):
+    def refused(problems, split, count):
+        with pytest.raises(UserError) as caught:
+            problems.questions(split, count)
+        return str(caught.value).partition(", but ")[2]
+
+    train, test = files
+    assert refused(open_problems(files, validation_share=0.001), "validation", 4) == (
+        f"a share of 0.001 of {train} has 0; raise problems.validation_share, "
+        "or set problems.validation to a larger set"
+    )
+    assert refused(open_problems(files, validation=test, overlap="allow"), "validation", 11) == (
+        f"{test} has 10; set problems.validation to a larger set, or ask for at most 10"
+    )
+    assert refused(open_problems(files, max_prompt_tokens=1), "test", 4) == (
+        f"{test} has 0 of 10 within problems.max_prompt_tokens=1; raise problems.max_prompt_tokens, "
+        "or set problems.test to a larger set"
+    )
+
+
+def test_a_task_says_itself_what_its_answers_are():
+    class Spoken(type(make_task(TaskConfig()))):
+        """An own task whose answers stand after no mark."""
+
+        def answer(self, question):
+            return f"It is {question.gold[0]}."
+
+        def stated(self, response):
+            return response.partition("It is ")[2].rstrip(".") or None
+
+    problems = TaskProblems(Spoken(0))
+    question = problems.questions("test", 1)[0]
+    assert problems.answer(question) == f"It is {question.gold[0]}."
+    assert problems.stated(question, "It is 3.") == "3" and problems.stated(question, "#3") is None
+
+
+@pytest.mark.parametrize("name", ["gsm8k_tiny", "mbpp_tiny"])
+def test_the_rehearsals_train_with_their_own_lengths(name, tmp_path):
+    """The stage `train` takes their prompts without a setting."""
+    prepare_set("mbpp", data_dir=tmp_path, source_dir=ROOT / "tests/data/questions")
+    settings = (
+        f"problems.tokenizer={model_folders(tmp_path)}/qwen3", f"problems.data_dir={tmp_path}",
+        f"base.cache_dir={tmp_path}/cache", "problems.graders.code.unsafe_without_sandbox=true",
+    )  # fmt: skip
+    config = override(load_config(f"configs/{name}.py"), settings)
+    validate(config)
+    run = Run(config)
+    with contextlib.closing(run.problems):
+        check_fit(run, "train")
+    assert config.train.sampling == config.distill.sampling and config.train.questions == config.distill.questions
 
 
 @pytest.mark.parametrize("overlap, kept", [("allow", 30), ("drop", 28)])

@@ -1,7 +1,9 @@
 """Questions from files: fields, answers, tests of programming problems."""
 
 import base64
+import gzip
 import json
+import math
 import os
 import pickle
 import zlib
@@ -9,11 +11,12 @@ import zlib
 import pytest
 
 from sdzero_jax.data import FieldMapping, read_questions, with_instruction
-from sdzero_jax.data.code_rows import codeforces, live_code_bench, stdio_tests, unpickled
+from sdzero_jax.data.code_rows import codeforces, live_code_bench, own_tests, unpickled
 from sdzero_jax.data.questions import BadRow, gold_answers, last_boxed, read_rows
 from sdzero_jax.errors import UserError
 from sdzero_jax.problems import demonstration
-from sdzero_jax.verifiers.code_tests import parse_tests
+from sdzero_jax.verifiers.code_tests import Case, CodeTests, parse_tests
+from sdzero_jax.verifiers.fences import Program
 from tests.rows import write
 
 # Files and fields
@@ -66,7 +69,9 @@ def test_a_mapping_names_the_fields(tmp_path):
         ([{"problem": "x", "solution": "It is 7."}], {}, "solution without a boxed answer"),
         ([{"problem": "x", "answer": "1", "id": 1}] * 2, {}, "row 2: id 'q-1' occurs twice"),
         ([{"problem": "x", "answer": "1"}], {"id": "key"}, "no id field 'key'"),
-        ([{"problem": "x", "tests": []}], {"kind": "code"}, "no tests"),
+        ([{"problem": "x", "answer": {"value": 2}}], {}, "answer is dict; wanted text, a number or a list"),
+        ([{"problem": "x", "tests": []}], {"kind": "code"}, "no tests in field 'tests'"),
+        ([{"problem": "x", "tests": 3}], {"kind": "code"}, "unusable tests .tests are a int"),
         ([], {}, "no rows"),
     ],
 )
@@ -83,7 +88,11 @@ def test_unusable_rows_are_refused_in_one_line(tmp_path, rows, mapping, words):
         ("q.csv", b"a,b", "unknown suffix '.csv'; wanted .jsonl, .json, .parquet"),
         ("q.jsonl", b'{"a": 1}\n{"a":', "line 2: not valid JSON"),  # a cut file is not a shorter one
         ("q.jsonl", b"[1]\n", "row 1: list; wanted a JSON object"),
-        ("q.parquet", b"PAR0", "not a Parquet file"),
+        ("q.parquet", b"PAR0", "not a whole Parquet file"),
+        ("q.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-9], "q.jsonl.gz: cannot be read .*end-of-stream"),
+        ("q.json.gz", b'{"a": 1}\n', "q.json.gz: cannot be read .Not a gzipped file"),
+        ("q.jsonl.gz", gzip.compress(b"{}", mtime=0)[:10] + b"no deflate", "q.jsonl.gz: cannot be read .Error -3"),
+        ("q.jsonl", b'{"a": "\xff"}\n', "line 1: not valid JSON .*utf-8"),
     ],
 )
 def test_unreadable_files_are_refused(tmp_path, name, data, words):
@@ -117,6 +126,14 @@ def test_gold_answers(value, gold):
     assert gold_answers(value) == gold
 
 
+@pytest.mark.parametrize("value", [{"value": 2}, True, [None], ["2", [False]], float("nan"), -math.inf, b"2", None])
+def test_answers_that_are_no_text_or_number_are_refused(value):
+    """As text they would grade right answers as wrong."""
+    with pytest.raises(BadRow, match="answer is"):
+        gold_answers(value)
+    assert gold_answers(10**400) == (str(10**400),)
+
+
 @pytest.mark.parametrize(
     ("text", "box"),
     [
@@ -135,32 +152,71 @@ def test_last_boxed(text, box):
 # Programming problems
 
 
+ASSERT = "assert f(1) == 2"
+
+
 @pytest.mark.parametrize(
-    "value",
+    ("value", "style", "wanted"),
     [
-        [{"input": "1\n", "output": "2"}],
-        {"inputs": ["1\n"], "outputs": ["2"]},
-        '[{"input": {"stdin": "1\\n"}, "output": {"stdout": "2"}}]',
+        ([{"input": "1\n", "output": "2"}], "stdio", {"cases": (Case("1\n", "2", "0"),)}),
+        ({"inputs": ["1\n"], "outputs": ["2"]}, "stdio", {"cases": (Case("1\n", "2", "0"),)}),
+        (
+            '[{"input": {"stdin": "1\\n"}, "output": {"stdout": "2"}}]',
+            "stdio",
+            {"cases": (Case("1\n", "2", "0"),)},
+        ),
+        ({"fn_name": "f", "inputs": ["1"], "outputs": ["2"]}, "call", {"calls": (((1,), 2),), "entry": "f"}),
+        ([ASSERT], "assert", {"asserts": (ASSERT,), "entry": "f"}),
+        (
+            {"style": "assert", "test_list": [ASSERT], "test_setup_code": "import re"},
+            "assert",
+            {"asserts": (ASSERT,), "entry": "f", "setup": "import re"},
+        ),
+        (
+            {
+                "prompt": "int f(int x) {",
+                "test": "#include <cassert>\nint main() { assert(f(1) == 2); }",
+                "declaration": "",
+            },
+            "assert",
+            {"cpp_test": "#include <cassert>\nint main() { assert(f(1) == 2); }", "reference": "int f(int x) {"},
+        ),
     ],
 )
-def test_forms_of_stdio_tests(value):
-    tests = stdio_tests(value, {"time_limit": 2.0, "generated_checker": "print(1)"})
-    assert tests == {
-        "style": "stdio",
-        "cases": [{"input": "1\n", "output": "2"}],
-        "checker": "print(1)",
-        "time_limit": 2.0,
-    }
+def test_own_tests_reach_the_judge_in_every_form(tmp_path, value, style, wanted):
+    """With the row's limits and checker, and a prompt that asks for what is judged: a program or a function."""
+    row = {"problem": "Add one.", "tests": value, "time_limit": "2.5", "generated_checker": "import sys\n"}
+    (question,) = read_questions(write(tmp_path / "q.jsonl", [row]), FieldMapping(kind="code"))
+    assert question.metadata["tests"]["style"] == style
+    language = "cpp" if "cpp_test" in wanted else "python"  # the tests', before the mapping's
+    assert question.metadata["language"] == language
+    checker = Program("python", "import sys\n")
+    assert parse_tests(question.metadata["tests"]) == CodeTests(
+        **wanted, language=language, time_limit=2.5, checker=checker
+    )
+    spoken = {"python": "Python", "cpp": "C++"}[language]
+    asks = f"Write a {spoken} program that reads" if style == "stdio" else f"Write the {spoken} function"
+    assert asks in with_instruction(question).prompt
 
 
 @pytest.mark.parametrize(
     "value",
-    [None, [], {}, {"inputs": ["1"], "outputs": []}, [{"input": "1"}], [{"input": 1, "output": "2"}], "x"],
-)
+    [{}, {"inputs": ["1"], "outputs": []}, [{"input": "1"}], [{"input": 1, "output": "2"}], "x", 3, True, ["f(1)"],
+     {"tests": [ASSERT], "comparison": "tokenz"}],
+)  # fmt: skip
 def test_malformed_tests_give_no_question(value):
     """With zero tests every program would pass."""
-    with pytest.raises(BadRow):
-        stdio_tests(value)
+    with pytest.raises(BadRow, match=r"^unusable tests [^\n]*$"):
+        own_tests(value, {}, "python")
+
+
+@pytest.mark.parametrize("limit", ["2 seconds", 0, -1, True, math.inf, math.nan, [2], pytest.param(10**400, id="huge")])
+def test_limits_that_are_no_positive_numbers_are_refused(limit):
+    """They would make every verdict gold_unparseable, or no limit."""
+    with pytest.raises(BadRow, match=r"time_limit is .* wanted a positive number"):
+        own_tests([ASSERT], {"time_limit": limit}, "python")
+    with pytest.raises(BadRow, match=r"memory_limit is .* wanted a positive number"):
+        own_tests({"test_list": [ASSERT], "memory_limit": limit}, {}, "python")
 
 
 def packed(value):
@@ -203,12 +259,18 @@ def test_live_code_bench_rows_as_published():
     assert question.metadata["tests"] == {
         "style": "call",
         "fn_name": "countSeniors",
-        "cases": [{"input": "[1]", "output": "2"}, {"input": "[3]", "output": "4"}],
+        "cases": [
+            {"input": "[1]", "output": "2", "testtype": "functional"},
+            {"input": "[3]", "output": "4", "testtype": "functional"},
+        ],
+        "language": "python",
     }
     assert question.prompt.startswith("Count the seniors.") and "def countSeniors" in question.prompt
     asked = with_instruction(question).prompt
     assert "standard input" not in asked and asked.endswith("one ```python block.")
-    stdio = live_code_bench({**row, "metadata": "{}", "starter_code": ""}, "livecodebench")
+    public = json.dumps([{"input": "1", "output": "2", "testtype": "stdin"}])
+    programs = {"metadata": "{}", "starter_code": "", "public_test_cases": public, "private_test_cases": public}
+    stdio = live_code_bench({**row, **programs}, "livecodebench")
     assert stdio.metadata["tests"]["style"] == "stdio" and stdio.metadata["tests"]["language"] == "python"
     assert "reads standard input" in with_instruction(stdio).prompt
 
@@ -235,7 +297,7 @@ def test_codeforces_rows():
     question = codeforces(row, "codeforces_cots", "cpp")
     assert question.id == "codeforces_cots-1/A-cpp"
     assert question.metadata["tests"] == {
-        "style": "stdio", "cases": row["official_tests"], "checker": None, "complete": True,
+        "style": "stdio", "cases": row["official_tests"], "complete": True,
         "time_limit": 2.0, "memory_limit": 256.0, "language": "cpp",
     }  # fmt: skip
     assert "You are an expert" not in question.prompt and "Their sum." in question.prompt

@@ -1,5 +1,7 @@
 """Signals: heard by one of several hosts, told to the others at once."""
 
+import os
+import signal
 import time
 import types
 
@@ -7,6 +9,7 @@ import jax
 import pytest
 
 from sdzero_jax import hosts, signals
+from sdzero_jax.errors import Stopped
 
 
 class Table:
@@ -34,6 +37,7 @@ def table(monkeypatch):
     monkeypatch.setattr(distributed, "global_state", types.SimpleNamespace(client=table))
     monkeypatch.setattr(hosts, "count", lambda: 2)
     monkeypatch.setattr(signals, "_received", [])
+    monkeypatch.setattr(signals, "_asked", False)
     monkeypatch.setattr(signals, "_told", False)
     monkeypatch.setattr(signals, "_looked", time.monotonic())
     return table
@@ -59,3 +63,38 @@ def test_nobody_asks_the_table_more_often_than_it_should(table, monkeypatch):
     looked = []
     monkeypatch.setattr(Table, "key_value_try_get", lambda self, key: looked.append(key) or "15")
     assert [signals.pending(), signals.pending()] == [15, None] and len(looked) == 1
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(signals, "_received", [])
+    monkeypatch.setattr(signals, "_asked", False)
+    signals.install()
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def test_before_anybody_asks_a_signal_stops_at_once(installed):
+    """There is nothing to save, and nobody would look at the flag."""
+    with pytest.raises(Stopped, match="before anything was begun") as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert stop.value.signum == signal.SIGTERM
+
+
+def test_work_that_asks_is_told_and_so_is_the_person(installed, capfd):
+    assert signals.requested() is None
+    os.kill(os.getpid(), signal.SIGINT)
+    assert signals.requested() == signals.pending() == signal.SIGINT
+    assert "stopping as soon as all is saved" in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+
+def test_one_of_several_hosts_never_stops_alone(installed, monkeypatch):
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signals._received == [signal.SIGTERM]

@@ -214,6 +214,7 @@ def test_a_mirror_belongs_to_one_process(url, tmp_path, monkeypatch):
 
 def test_local_places_are_left_alone(tmp_path):
     assert stores.local("runs/demo") == pathlib.Path("runs/demo")
+    assert stores.local("~/demo") == pathlib.Path.home() / "demo"
     assert stores.remote(tmp_path / "a") == tmp_path / "a"
     stores.push(tmp_path)
 

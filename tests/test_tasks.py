@@ -250,6 +250,18 @@ def test_demonstrations_are_right_and_have_no_first_error(task):
         assert len(text) <= task.max_attempt_tokens and len(question.prompt) <= task.max_prompt_tokens
 
 
+@BOTH
+def test_answers_are_what_stands_after_the_last_mark(task):
+    for question in task.questions("validation", 50):
+        text = task.demonstration(question)
+        answer = task.answer(question)
+        assert answer == text[text.index("#") :] and task.verify(question, answer).outcome == "correct"
+        for response in (text, text + "<eos>", "#1<wrong>" + text + "<ok>", answer + " "):
+            assert "#" + task.stated(response) == answer
+    assert task.stated("") is task.stated("7#") is task.stated("7#<eos>") is None
+    assert task.stated("7*9=3") == "7*9=3"  # without a mark, all of it
+
+
 # --- chain verifier and localisation ------------------------------------------------------------------------
 
 EIGHT = Question("q", "7*9*5+2+1=", ("8",), "chain")

@@ -151,6 +151,9 @@ def broken(folders, tmp_path, **changes):
         ({"generation_config__json": "{}"}, "151645, which is not among"),
         ({"generation_config__json": '{"eos_token_id": [151645, 151936]}'}, "wanted ids below 151669"),
         ({"generation_config__json": '{"eos_token_id": 151643}'}, "151645, which is not among"),
+        ({"generation_config__json": "[]"}, "generation_config.json holds a JSON list; wanted an object"),
+        ({"generation_config__json": '{"eos_token_id": 0.5}'}, "generation_config.json: eos_token_id is [0.5]"),
+        ({"tokenizer_config__json": "[]"}, "tokenizer_config.json holds a JSON list; wanted an object"),
         ({"tokenizer_config__json": "{"}, "not valid JSON"),
         ({"tokenizer_config__json": '{"eos_token": "<eos>"}'}, "eos_token is '<eos>'"),
         (

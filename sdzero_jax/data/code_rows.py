@@ -1,13 +1,14 @@
-"""Tests of programming problems in one form, from the forms that public sets use.
+"""Tests of programming problems, from the forms that public sets and files of one's own use.
 
 `metadata["tests"]` of a code question is one of the forms that the judge reads:
-  {"style": "stdio", "cases": [{"input", "output"}, ...], "checker": None | program}
+  {"style": "stdio", "cases": [{"input", "output"}, ...], "generated_checker": program}
       the program reads input and writes output; the checker is called with INPUT REFERENCE SUBMISSION
   {"style": "assert", "test_list": [code, ...], "test_setup_code": code}          MBPP
   {"style": "assert", "prompt", "test", "entry_point" or "declaration"}           HumanEval, HumanEval-X
       the tests call the program's functions, or are a C++ main compiled after it
   {"style": "call", "fn_name": name, "cases": [{"input", "output"}, ...]}         LiveCodeBench
       Solution().name (or name) on one JSON value per line of input gives output, JSON too
+  {"style": any of these, "tests": what a row of one's own holds}
 and may hold "time_limit" (seconds), "memory_limit" (MB) and "language": what was asked for, so that a
 fenced block without a name is read in it. Nothing here runs a program,
 and what is pickled in a row is read without the power to call anything.
@@ -16,6 +17,7 @@ and what is pickled in a row is read without the power to call anything.
 import base64
 import io
 import json
+import math
 import pickle
 import re
 import zlib
@@ -23,44 +25,45 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdzero_jax.data.questions import BadRow, Row, plain_fields
+from sdzero_jax.errors import UserError
 from sdzero_jax.examples import Question
+from sdzero_jax.verifiers.code_tests import BadTests, parse_tests
 
 LARGEST_TESTS = 1 << 30  # bytes after decompression
 
 
-def stdio_tests(value: Any, row: Row = {}) -> dict[str, Any]:  # noqa: B006  (never written to)
-    """stdin/stdout tests from [{input, output}], {inputs: [], outputs: []}, or nested {stdin}, {stdout}.
-
-    Raises: BadRow when there is no whole test: a problem without tests would accept every program.
-    """
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise BadRow("tests are not JSON") from None
+def own_tests(value: Any, row: Row, language: str) -> dict[str, Any]:
+    """What a row of one's own holds as tests, in any form that `verify` takes. Raises: as `readable`."""
     if isinstance(value, Mapping):
-        inputs, outputs = value.get("inputs"), value.get("outputs")
-        if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
-            raise BadRow("tests have unequal numbers of inputs and outputs")
-        value = [{"input": i, "output": o} for i, o in zip(inputs, outputs)]
-    if not value:
-        raise BadRow("no tests")
-    cases = [{"input": _text(case, "input", "stdin"), "output": _text(case, "output", "stdout")} for case in value]
-    tests = {"style": "stdio", "cases": cases, "checker": row.get("generated_checker") or None}
-    return tests | _limits(row)
+        _judging(value)
+    return readable({"tests": value, **_judging(row)}, language)
 
 
-def _text(case: Any, name: str, stream: str) -> str:
-    value = case.get(name) if isinstance(case, Mapping) else None
-    value = value.get(stream) if isinstance(value, Mapping) else value
-    if not isinstance(value, str):
-        raise BadRow(f"a test without {name} text")
-    return value
+def readable(tests: dict[str, Any], language: str) -> dict[str, Any]:
+    """Tests with their style and language (`language` where they name none), once the judge can read them.
+
+    Raises: BadRow where it cannot, or finds no test: such a problem would accept every program, or none.
+    """
+    try:
+        parsed = parse_tests(tests)
+    except (BadTests, UserError) as error:
+        reason = " ".join(str(error).removeprefix("BadTests: ").split())
+        raise BadRow(f"unusable tests ({reason})") from None
+    style = "stdio" if parsed.cases else "call" if parsed.calls else "assert"
+    return {"style": style, **tests, "language": parsed.language or language}
 
 
-def _limits(row: Row) -> dict[str, Any]:
-    names = ("time_limit", "memory_limit")
-    return {name: row[name] for name in names if row.get(name) is not None}
+def _judging(row: Row) -> dict[str, Any]:
+    """How a row wants its tests judged: its limits, which must be positive numbers, and its checker."""
+    given = {name: row[name] for name in ("time_limit", "memory_limit") if row.get(name) is not None}
+    for name, value in given.items():
+        try:
+            good = not isinstance(value, bool) and 0 < float(value) < math.inf
+        except (TypeError, ValueError, OverflowError):
+            good = False
+        if not good:
+            raise BadRow(f"{name} is {value!r}; wanted a positive number")
+    return given | ({"generated_checker": row["generated_checker"]} if row.get("generated_checker") else {})
 
 
 def human_eval(row: Row, name: str) -> Question:
@@ -98,8 +101,8 @@ def codeforces(row: Row, name: str, language: str) -> Question:
         raise BadRow("interactive problem")
     if row.get("input_mode") not in (None, "stdio"):
         raise BadRow("reads and writes files")
-    tests = stdio_tests(row.get("official_tests") or row.get("examples"), row)
-    tests |= {"complete": bool(row.get("official_tests_complete")), "language": language}
+    tests = readable({"cases": row.get("official_tests") or row.get("examples"), **_judging(row)}, language)
+    tests["complete"] = bool(row.get("official_tests_complete"))
     sections = [f"# {row.get('title') or row['id']}", row.get("description")]
     for title, field in (("Input", "input_format"), ("Output", "output_format"), ("Note", "note")):
         sections += [f"## {title}\n\n{row[field]}"] if row.get(field) else []
@@ -136,9 +139,8 @@ def live_code_bench(row: Row, name: str) -> Question:
         function = json.loads(row.get("metadata") or "{}").get("func_name")
         row_id = row["question_id"]
         metadata = {key: str(row[key]) for key in ("difficulty", "platform", "contest_date") if key in row}
-    tests = stdio_tests(cases) | {"language": "python"}
+    tests = readable({"cases": cases} | ({"fn_name": function} if function else {}), "python")
     if function:
-        tests = {"style": "call", "fn_name": function, "cases": tests["cases"]}
         body = f"{body.strip()}\n\nUse this head.\n\n```python\n{starter.rstrip()}\n```"
     return Question(f"{name}-{row_id}", body.strip(), (), "code", metadata | {"language": "python", "tests": tests})
 

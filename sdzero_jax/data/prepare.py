@@ -8,6 +8,7 @@ Leaves out gated repositories beyond what `hf auth login` gives.
 import collections
 import hashlib
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -47,14 +48,15 @@ def prepare_set(
       split without a single question.
     """
     named = named_set(name)
-    target = Path(data_dir) / name
-    old = read_json(target / RECORD) if (target / RECORD).is_file() else {}
+    target = Path(os.path.expanduser(data_dir)) / name
+    old = _record(target)
     is_there = old.get("format") == FORMAT and not force
     if is_there and source_dir is None and revision is None:
         return {**old, "directory": str(target)}
     check_writable(target, "give another folder with --to")
     if source_dir is not None:
-        files, origin = local_files(named, Path(source_dir)), {"folder": str(source_dir)}
+        source_dir = Path(os.path.expanduser(source_dir))
+        files, origin = local_files(named, source_dir), {"folder": str(source_dir)}
     else:
         files, origin = hub_files(named, revision)
     checksums = {
@@ -77,17 +79,36 @@ def prepare_set(
 def open_split(name: str, split: str, *, data_dir: str | os.PathLike = DATA_DIR) -> Sequence[Question]:
     """The questions of a prepared set, read on demand, problems bare of instructions.
 
-    Raises: UserError, which says how to prepare it, for a set or split that is not there.
+    Raises: UserError, which says how to prepare it, for a set or split that is not there or not whole.
     """
-    directory = Path(data_dir) / named_set(name).name
+    data_dir = Path(os.path.expanduser(data_dir))
+    directory = data_dir / named_set(name).name
+    command = f"python run.py data prepare {name}"
+    if data_dir != Path(DATA_DIR):
+        command += f" --to {shlex.quote(str(data_dir))}"
     if not (directory / RECORD).is_file():
-        raise UserError(f"problem set {name!r} is not prepared; run: python run.py data prepare {name}")
-    counts = read_json(directory / RECORD)["questions"]
-    if split not in counts:
-        raise UserError(f"prepared set {name!r} has no split {split!r}{nearest(split, counts)}")
+        raise UserError(f"problem set {name!r} is not prepared; run: {command}")
     from sdzero_jax.data import tfds_builder
 
-    return tfds_builder.source(directory, split)
+    try:
+        counts = dict(_record(directory)["questions"])
+        if split in counts:
+            return tfds_builder.source(directory, split)
+    except Exception as error:  # tfds, protobuf and array_record raise their own
+        cause = str(error).split("\n")[0]
+        raise UserError(
+            f"prepared set {directory} is incomplete ({type(error).__name__}: {cause}); run: {command} --force"
+        ) from None
+    raise UserError(f"prepared set {name!r} has no split {split!r}{nearest(split, counts)}")
+
+
+def _record(directory: Path) -> dict[str, Any]:
+    """What prepared.json holds; empty where it is missing or broken."""
+    try:
+        record = read_json(directory / RECORD)
+    except UserError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def local_files(named: NamedSet, folder: Path) -> dict[str, list[Path]]:

@@ -6,10 +6,14 @@ sets (`sets`), grading, and CSV.
 """
 
 import dataclasses
+import decimal
 import gzip
 import hashlib
 import json
+import math
+import os
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +32,7 @@ _WHOLE_FIELDS = ("solution", "demonstration")  # kept at any length: SFT and SDF
 
 
 class BadRow(ValueError):
-    """A row that gives no question; the message is the reason, without values, so that it can be counted."""
+    """A row that gives no question; the message is the reason, in one line, which `prepare` counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +44,15 @@ class FieldMapping:
     id: Annotated[str, "field with the id; empty: id, unique_id, ..., else the row's number"] = ""
     tests: Annotated[str, "field with the tests of programming problems"] = "tests"
     kind: Annotated[Literal["math", "code"], "which verifier grades the responses"] = "math"
-    language: Annotated[str, "programming language asked for: python or cpp"] = "python"
+    language: Annotated[str, "programming language asked for where the tests name none: python or cpp"] = "python"
 
 
 def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     """The rows of a .jsonl, .json (an array, or one object) or .parquet file; the first two also as .gz.
 
-    Raises: UserError for a missing file, another suffix, or a broken line, with its number.
+    Raises: UserError for a missing file, another suffix, a broken file, or a broken line, with its number.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if kind not in SUFFIXES or (kind == ".parquet" and path.suffix == ".gz"):
         raise UserError(f"{path}: unknown suffix {''.join(path.suffixes)!r}; wanted {', '.join(SUFFIXES)}")
@@ -57,17 +61,20 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     if kind == ".parquet":
         yield from _parquet_rows(path)
         return
-    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as handle:
-        if kind == ".json":
-            value = _json(handle.read(), str(path))
-            rows = enumerate(value if isinstance(value, list) else [value], start=1)
-        else:
-            lines = (pair for pair in enumerate(handle, start=1) if pair[1].strip())
-            rows = ((number, _json(line, f"{path}, line {number}")) for number, line in lines)
-        for number, row in rows:
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, row {number}: {type(row).__name__}; wanted a JSON object")
-            yield row
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as handle:
+            if kind == ".json":
+                value = _json(handle.read(), str(path))
+                rows = enumerate(value if isinstance(value, list) else [value], start=1)
+            else:
+                lines = (pair for pair in enumerate(handle, start=1) if pair[1].strip())
+                rows = ((number, _json(line, f"{path}, line {number}")) for number, line in lines)
+            for number, row in rows:
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}, row {number}: {type(row).__name__}; wanted a JSON object")
+                yield row
+    except (EOFError, OSError, zlib.error) as error:  # cut or damaged, or no gzip file at all
+        raise UserError(f"{path}: cannot be read ({error})") from None
 
 
 def _json(data: bytes, where: str) -> Any:
@@ -85,8 +92,8 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256):  # rows can hold megabytes of tests
                 yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a whole Parquet file ({str(error).splitlines()[0]})") from None
 
 
 def read_questions(path: str | Path, mapping: FieldMapping = FieldMapping(), name: str = "") -> list[Question]:
@@ -98,7 +105,7 @@ def read_questions(path: str | Path, mapping: FieldMapping = FieldMapping(), nam
       name: starts the ids, "NAME-ID"; the file's name by default.
     Raises: UserError that names file and row for a missing field, an empty answer or a repeated id.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     name = name or path.name.split(".")[0]
     questions: dict[str, Question] = {}
     for number, row in enumerate(read_rows(path), start=1):
@@ -127,10 +134,12 @@ def question_of(row: Row, mapping: FieldMapping, name: str, number: int) -> Ques
     metadata = plain_fields(row, leave_out={prompt_field})
     metadata |= {name: row[name] for name in _WHOLE_FIELDS if isinstance(row.get(name), str) and name != prompt_field}
     if mapping.kind == "code":
-        from sdzero_jax.data.code_rows import stdio_tests
+        from sdzero_jax.data.code_rows import own_tests
 
-        tests = stdio_tests(row.get(mapping.tests), row) | {"language": mapping.language}
-        metadata |= {"language": mapping.language, "tests": tests}
+        if not row.get(mapping.tests):
+            raise BadRow(f"no tests in field {mapping.tests!r}")
+        tests = own_tests(row[mapping.tests], row, mapping.language)
+        metadata |= {"language": tests["language"], "tests": tests}
         return Question(question_id, prompt.strip(), (), "code", metadata)
     answer_field = field_of(row, mapping.answer, ANSWER_FIELDS, "answer")
     gold = gold_answers(row[answer_field], must_be_boxed=answer_field == "solution")
@@ -165,13 +174,18 @@ def gold_answers(value: Any, must_be_boxed: bool = False) -> tuple[str, ...]:
 
     A list gives one answer per entry. Text gives what follows the last `####` (without thousands'
     commas: these answers are numbers), else its last \\boxed, else itself; whole floats lose ".0".
-    Raises: BadRow for an empty answer, or text without a box where one `must_be_boxed`.
+    Raises: BadRow for an empty answer, one that is no text or number, or text without a box where
+      one `must_be_boxed`.
     """
     if isinstance(value, list | tuple):
         answers = tuple(dict.fromkeys(answer for entry in value for answer in gold_answers(entry, must_be_boxed)))
         if not answers:
             raise BadRow("empty answer")
         return answers
+    if isinstance(value, bool) or not isinstance(value, str | int | float | decimal.Decimal):
+        raise BadRow(f"answer is {type(value).__name__}; wanted text, a number or a list of them")
+    if isinstance(value, float | decimal.Decimal) and not math.isfinite(value):
+        raise BadRow(f"answer is {value}; wanted a finite number")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = str(value).strip()

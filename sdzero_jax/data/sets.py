@@ -69,13 +69,13 @@ def _olympiad(row: Row, name: str, number: int, split: str, file: str) -> Questi
 
 def _countdown(row: Row, name: str, number: int, split: str, file: str) -> Question:
     """Countdown as d1 ("30,100,93" -> "23") and Countdown-Tasks-3to4 (nums, target) spell it."""
-    numbers = row["nums"] if "nums" in row else [int(part) for part in row["input"].split(",")]
+    numbers = [int(part) for part in (row["nums"] if "nums" in row else row["input"].split(","))]
     target = int(row["target"] if "target" in row else row["output"])
     prompt = (
         f"Using each of the numbers {', '.join(map(str, numbers))} exactly once, with +, -, *, / and "
         f"parentheses, write an expression that equals {target}."
     )
-    metadata = {"numbers": list(numbers), "target": target}
+    metadata = {"numbers": numbers, "target": target}
     return Question(f"{name}-{split}-{number - 1:06d}", prompt, (str(target),), "countdown", metadata)
 
 
@@ -264,5 +264,7 @@ def convert(named: NamedSet, row: dict[str, Any], number: int, split: str, file:
     """One row as a Question, None for a row of another split. Raises: BadRow, also for a missing field."""
     try:
         return named.convert(row, named.name, number, split, file)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except BadRow:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
         raise BadRow(f"not a row of {named.name} ({type(error).__name__}: {error})") from None

@@ -6,6 +6,7 @@ questions come from and what is recorded about them.
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -90,9 +91,13 @@ def write(directory: Path, examples: Examples) -> dict[str, int]:
 
 
 def source(directory: Path, split: str) -> QuestionSource:
-    """The questions of one split that `write` put under `directory`."""
+    """The questions of one split that `write` put under `directory`. Raises errors of many kinds for a broken copy."""
     builder = tfds.builder_from_directory(str(directory / "problem_set" / str(ProblemSet.VERSION)))
-    return QuestionSource(builder.as_data_source(split))
+    for path in builder.info.splits[split].filepaths:
+        os.stat(path)  # files are opened when a record is read, which is late
+    questions = QuestionSource(builder.as_data_source(split))
+    questions[0], questions[-1]  # a file that was cut fails here
+    return questions
 
 
 def _text(value: Any) -> str:

@@ -157,7 +157,7 @@ def load_pretrained(
     dtype = None if dtype is None else float_dtype(dtype)
     _check_mesh(mesh)
     folder = hub.resolve(path).folder
-    model = _read_model(folder, dials)
+    model = _model_of(folder, dials)
     shapes = model.param_shapes()
     shardings = None if mesh is None else dict(_leaves(shardings_for(mesh, model.param_axes(), shapes)))
     by_path: dict[tuple[str, ...], list[Entry]] = {}
@@ -173,6 +173,11 @@ def load_pretrained(
             read = functools.partial(_read_block, entries, slices, leaf.shape, kind)
             _insert(params, leaf_path, _place(read, leaf.shape, shardings and shardings[leaf_path]))
     return model, params
+
+
+def read_model(path: str | os.PathLike, **dials: Any) -> LanguageModel:
+    """The model that a path's config.json describes; no weights are read. Arguments and errors as `load_pretrained`."""
+    return _model_of(hub.resolve(path, weights=False).folder, dials)
 
 
 def float_dtype(dtype: Any) -> np.dtype:
@@ -197,7 +202,7 @@ def _check_mesh(mesh: Any) -> None:
             raise UserError(f"mesh axis {axis!r} is not known{nearest(str(axis), MESH_AXES)}")
 
 
-def _read_model(folder: Path, dials: Mapping[str, Any]) -> LanguageModel:
+def _model_of(folder: Path, dials: Mapping[str, Any]) -> LanguageModel:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json")
@@ -366,7 +371,7 @@ def save_pretrained(
     dtype = None if dtype is None else float_dtype(dtype)
     _check_params(model, params)
     check_replaceable(folder)
-    side_files = [] if tokenizer_from is None else _side_files(hub.resolve(tokenizer_from, weights=False).folder)
+    sides = [] if tokenizer_from is None else side_files(hub.resolve(tokenizer_from, weights=False).folder)
     leaves = dict(_leaves(params))
     table = conversion_table(model)
     sizes = {entry.name: math.prod(entry.shape) * (dtype or leaves[entry.path].dtype).itemsize for entry in table}
@@ -376,6 +381,7 @@ def save_pretrained(
     try:
         if writes:
             temporary.mkdir(parents=True)
+            (temporary / "config.json").write_text(_config_text(model, dtype or leaves[("embedding",)].dtype))
         weight_map = {}
         for number, entries in enumerate(files, 1):
             single = len(files) == 1
@@ -384,12 +390,12 @@ def save_pretrained(
             weight_map.update(dict.fromkeys(tensors, name))
             if writes:
                 save_file(tensors, temporary / name, metadata={"format": "pt"})
+                shutil.copymode(temporary / "config.json", temporary / name)  # safetensors lets nobody else read it
         if writes:
             if len(files) > 1:
                 index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
                 (temporary / _INDEX_FILE).write_text(json.dumps(index, indent=2))
-            (temporary / "config.json").write_text(_config_text(model, dtype or leaves[("embedding",)].dtype))
-            for file in side_files:
+            for file in sides:
                 shutil.copyfile(file, temporary / file.name)
             (temporary / _EXPORT_FILE).write_text(json.dumps(dict(record or {}), indent=2) + "\n")
             _replace(folder, temporary)
@@ -398,7 +404,7 @@ def save_pretrained(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _side_files(folder: Path) -> list[Path]:
+def side_files(folder: Path) -> list[Path]:
     """Tokenizer and generation files of a folder; UserError when it has no tokenizer."""
     found = [folder / name for name in hub.SIDE_FILES if (folder / name).is_file()]
     if not any(file.name in hub.TOKENIZER_FILES for file in found):

@@ -54,6 +54,14 @@ class Task(Protocol):
         """A right solution, without end token."""
         ...
 
+    def answer(self, question: Question) -> str:
+        """The final answer alone, as a response would state it."""
+        ...
+
+    def stated(self, response: str) -> str | None:
+        """The answer that a response text states, for majority votes; None without one."""
+        ...
+
 
 @dataclass(frozen=True)
 class TaskConfig:
