@@ -3,7 +3,7 @@
 Command:   python run.py configs/sdzero_qwen3_4b_code.py
 Before:    python run.py data prepare codeforces_cots; python run.py data prepare livecodebench;
            python run.py doctor configs/sdzero_qwen3_4b_code.py --topology v6e:4x4
-Hardware:  16 chips: a v6e:4x4 (SRT takes 16.3 of 31.25 GiB per chip, by the estimate). The smallest: a v5p:2x2x1 with
+Hardware:  16 chips: a v6e:4x4 (SRT takes 16.0 of 31.25 GiB per chip by the compiler). The smallest: a v5p:2x2x1 with
            mesh.fsdp=4 (65.2 of 95); a v6e:2x4 with mesh.fsdp=8 srt.microbatches=2 (22.4). bubblewrap and g++ on the
            hosts
 Expected:  not run yet. The paper (arXiv:2604.12002) has the figures that this setting is after

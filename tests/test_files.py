@@ -36,3 +36,6 @@ def test_a_full_disk_is_no_wrong_place(tmp_path, monkeypatch):
 def test_a_folder_in_the_place_of_json_is_one_line(tmp_path):
     with pytest.raises(UserError, match="a folder; wanted a file"):
         files.read_json(tmp_path)
+    (tmp_path / "file").write_text("{}")
+    with pytest.raises(UserError, match="no such file"):
+        files.read_json(tmp_path / "file" / "x.json")

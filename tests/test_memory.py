@@ -141,8 +141,8 @@ def demo():
 def test_the_demos_state_is_what_the_compiler_takes_as_arguments(demo, stage):
     estimated, counted = demo[stage]
     read = memory.batch_of(load_config("configs/demo.py"), stage)[stage]
-    if stage == "distill":  # rewards and ends are carried in the batch, but no part of this objective
-        del read["reward"], read["ends"]
+    if stage == "distill":  # these are carried in the batch, but no part of this objective
+        del read["reward"], read["ends"], read["sampling_logprobs"]
     batch = sum(leaf.nbytes for leaf in read.values())
     assert sum(estimated.state.values()) + 4 + batch == counted["arguments"]  # 4: the step's number
     assert counted["aliased"] == sum(estimated.state.values()) + 4, "the whole state is updated in place"
