@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = os.environ.get("SDZERO_KILL_CONFIG", "configs/smoke.py")
 WINDOW = float(os.environ.get("SDZERO_KILL_WINDOW", "3"))
 KILLS = int(os.environ.get("SDZERO_KILLS", "4"))
+STAGES = ("base", "collect", "srt", "distill", "evaluate")
 
 pytestmark = pytest.mark.slow
 
@@ -96,14 +97,15 @@ def inside_a_save(directory):
 def kill_somewhere(directory, number, rng):
     """Starts the run and kills it within WINDOW seconds of work; every second kill tries to hit a save.
 
-    The first fifth of the kills may fall into the base's training, which takes longest; the others wait until it
-    has passed. Returns where the kill fell, None if the run ended before.
+    The kills go through the stages: the first fifth waits for the first one, and so on, whatever a machine's speed.
+    Returns where the kill fell, None if the run ended before.
     """
     before = len(log_of(directory)) if number else 0
+    wanted = number * len(STAGES) // KILLS
     process = start(directory)
     while process.poll() is None:
-        stages = re.findall(r"^== (\w+)", log_of(directory)[before:], re.MULTILINE)
-        if stages and (stages[-1] != "base" or number * 5 < KILLS):
+        begun = re.findall(r"^== (\w+)", log_of(directory)[before:], re.MULTILINE)
+        if begun and (begun[-1] not in STAGES or STAGES.index(begun[-1]) >= wanted):
             break
         time.sleep(0.01)
     deadline = time.perf_counter() + (2 * WINDOW if number % 2 else rng.uniform(0.0, WINDOW))
