@@ -95,7 +95,7 @@ def inside_a_save(directory):
 
 
 def kill_somewhere(directory, number, rng):
-    """Starts the run and kills it within WINDOW seconds of work; every second kill tries to hit a save.
+    """Starts the run and kills it within WINDOW seconds of work, every second time inside the next save.
 
     The kills go through the stages: the first fifth waits for the first one, and so on, whatever a machine's speed.
     Returns where the kill fell, None if the run ended before.
@@ -108,8 +108,9 @@ def kill_somewhere(directory, number, rng):
         if begun and (begun[-1] not in STAGES or STAGES.index(begun[-1]) >= wanted):
             break
         time.sleep(0.01)
-    deadline = time.perf_counter() + (2 * WINDOW if number % 2 else rng.uniform(0.0, WINDOW))
-    while time.perf_counter() < deadline and process.poll() is None and not (number % 2 and inside_a_save(directory)):
+    saving = number % 2 and STAGES[wanted] != "evaluate"  # which saves nothing more
+    deadline = time.perf_counter() + (10 * WINDOW if saving else rng.uniform(0.0, WINDOW))
+    while time.perf_counter() < deadline and process.poll() is None and not (saving and inside_a_save(directory)):
         time.sleep(0.002)
     if process.poll() is not None:
         return None
