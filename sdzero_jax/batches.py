@@ -201,7 +201,7 @@ def distill_batch(
         batch["mask"][row, :count] = 1.0
         batch["ends"][row, count - 1] = rollout.finish_reason == "stop" and response[-1] in stop_ids
         batch["logprobs"][row, :count] = rollout.logprobs
-        batch["sampling_logprobs"][row, :count] = rollout.sampling_logprobs or rollout.logprobs
+        batch["sampling_logprobs"][row, :count] = rollout.sampling_logprobs
         batch["reward"][row] = reward
     for side, limit in limits.items():
         batch |= _tokens_batch(f"{side}_", rows[side], limit)

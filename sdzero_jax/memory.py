@@ -142,7 +142,9 @@ def batch_of(config: Config, stage: str) -> dict[str, dict[str, np.ndarray]]:
     rows = rows_of(config, stage)
     if stage == "srt":
         return {stage: sequence_batch([ScoredSequence((0,), (0.0,))] * rows, config.srt.data.max_length)}
-    rollout = Rollout(Question("", "", ("",), ""), (0,), (0,), (0.0,), "length", Verdict.of("wrong"))
+    rollout = Rollout(
+        Question("", "", ("",), ""), (0,), (0,), (0.0,), "length", Verdict.of("wrong"), sampling_logprobs=(0.0,)
+    )
     phrase = (0,) * phrase_tokens(config)
     return {stage: distill_batch([rollout] * rows, lambda reward: phrase, (), config.distill.layout)[0]}
 

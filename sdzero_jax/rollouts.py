@@ -66,6 +66,11 @@ class Domain:
         """Ids of d P_r d as a piece of its own."""
         return self.tokenizer.encode(self.phrases.text(reward))
 
+    @property
+    def longest_phrase(self) -> int:
+        """Tokens of the longer d P_r d."""
+        return max(len(self.phrase_ids(reward)) for reward in (0.0, 1.0))
+
 
 def sample_responses(
     domain: Domain,
@@ -292,7 +297,7 @@ def rollouts_from_json(records: Sequence[dict[str, Any]]) -> list[Rollout]:
         Rollout(
             **record
             | {"question": Question(**record["question"] | {"gold": tuple(record["question"]["gold"])})}
-            | {name: tuple(record.get(name, ())) for name in _TUPLES}
+            | {name: tuple(record[name]) for name in _TUPLES}
             | {"verdict": Verdict(**record["verdict"])}
         )
         for record in records

@@ -164,11 +164,10 @@ class Run:
     @property
     def contexts(self) -> dict[str, int]:
         """Stage -> tokens of the longest context that it samples: prompt, response, phrase and revision."""
-        phrase = max(len(self.domain.phrase_ids(reward)) for reward in (0.0, 1.0))
         contexts = {}
         for stage in ("collect", "distill", "train", "evaluate"):
             new = getattr(self.config, stage).sampling.max_new_tokens
-            revision = 0 if stage in ("distill", "train") else phrase + new
+            revision = 0 if stage in ("distill", "train") else self.domain.longest_phrase + new
             contexts[stage] = self.problems.max_prompt_tokens + new + revision
         return contexts
 

@@ -274,8 +274,7 @@ class Hindsight:
             del self._seen[next(iter(self._seen))]
 
     def _length(self, rollout: Rollout) -> int:
-        phrase = max(len(self._domain.phrase_ids(reward)) for reward in (0.0, 1.0))
-        return len(rollout.prompt_ids) + 2 * len(rollout.response_ids) + phrase
+        return len(rollout.prompt_ids) + 2 * len(rollout.response_ids) + self._domain.longest_phrase
 
     def batch(self, step: int) -> Batch:
         """`pairs` sequences drawn by the seed and the step; rows that cannot be filled weigh 0."""

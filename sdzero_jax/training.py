@@ -248,8 +248,7 @@ def on_policy_source(
     )  # fmt: skip
     advantage = dataclasses.replace(config.advantage, baseline=config.advantage.baseline or method.baseline)
     replays = method.uses("replay")
-    phrase = max(len(run.domain.phrase_ids(reward)) for reward in (0.0, 1.0))
-    replay = dataclasses.replace(config.replay, max_length=config.replay.max_length or config.layout.rev_length(phrase))
+    replayed = config.replay.max_length or config.layout.rev_length(run.domain.longest_phrase)
     return OnPolicySource(
         rollouts, run.domain, config.layout,
         context=context,
@@ -257,7 +256,7 @@ def on_policy_source(
         teacher=method.uses("self_distillation"),
         reference=method.uses("policy_gradient") and config.policy.kl_weight > 0,
         advantage=advantage,
-        replay=replay if replays else None,
+        replay=dataclasses.replace(config.replay, max_length=replayed) if replays else None,
         remembered=collected_attempts(run) if replays and "collect" in run.chain(stage) else (),
         updates=config.updates, budget=config.budget, seed=run.config.seed,
     )  # fmt: skip

@@ -33,7 +33,7 @@ for i, question in enumerate(run.task.questions("train", 16)):
     response = rng.integers(0, 15, size=rng.integers(8, 30)).tolist() + [run.domain.tokenizer.end_id]
     rollouts.append(Rollout(
         question, tuple(run.domain.tokenizer.encode_prompt(question.prompt)), tuple(response),
-        (-2.0,) * len(response), "stop", Verdict.of("correct" if i % 2 else "wrong"),
+        (-2.0,) * len(response), "stop", Verdict.of("correct" if i % 2 else "wrong"), 0, (-2.0,) * len(response),
     ))
 batch, _ = distill_batch(rollouts, run.domain.phrase_ids, run.domain.tokenizer.stop_ids, config.distill.layout)
 loss_fn = functools.partial(objectives.self_distillation, config.distill.objective, run.model)

@@ -47,6 +47,7 @@ def rollout(prompt, response, reward, finish="stop"):
         logprobs=(-1.0,) * len(response),
         finish_reason=finish,
         verdict=Verdict.of(outcome),
+        sampling_logprobs=(-1.0,) * len(response),
     )
 
 

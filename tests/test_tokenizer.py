@@ -222,7 +222,7 @@ def random_rollouts(tokenizer, count, seed):
         verdict = Verdict.of(rng.choice(["correct", "wrong", "unparseable"]))
         question = Question(f"q-{index}", "", ("1",), "math")
         logprobs = tuple(-rng.random() for _ in ids)
-        rollouts.append(Rollout(question, tuple(prompt), tuple(ids), logprobs, finish, verdict))
+        rollouts.append(Rollout(question, tuple(prompt), tuple(ids), logprobs, finish, verdict, 0, logprobs))
     return rollouts
 
 

@@ -109,6 +109,16 @@ def draw_questions(name: str, seed: int, split: Split, count: int, draw: Draw) -
     return questions
 
 
+def answer_of(solution: str) -> str:
+    """The end of a solution that writes `#` before its answer, from there on."""
+    return "#" + solution.rpartition("#")[2]
+
+
+def stated_in(response: str) -> str | None:
+    """What stands after the last `#`, up to an end token or phrase; None where that is nothing."""
+    return response.rpartition("#")[2].partition("<")[0].strip() or None
+
+
 def garble(rng: Random, text: str, symbols: str, is_right: Callable[[str], bool]) -> str:
     """A spoilt copy of `text`: tokens substituted, a span dropped, or the end cut off.
 

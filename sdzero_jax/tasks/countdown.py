@@ -92,11 +92,11 @@ class CountdownTask:
 
     def answer(self, question: Question) -> str:
         """The end of the demonstration, from `#` on."""
-        return "#" + self.demonstration(question).rpartition("#")[2]
+        return corpus.answer_of(self.demonstration(question))
 
     def stated(self, response: str) -> str | None:
-        """What stands after the last `#`, up to an end token or phrase."""
-        return response.rpartition("#")[2].partition("<")[0].strip() or None
+        """What stands after the last `#`."""
+        return corpus.stated_in(response)
 
     def first_error(self, question: Question, response_ids: Sequence[int]) -> int | None:
         """Index of the first wrong digit in a step's value, or in a last value that is not the target.
